@@ -1,0 +1,119 @@
+// From a problem to a decision: the first kernel of the table that fits, and its scratch memory.
+#include <cstdlib>
+#include <string>
+
+#include "api/validate.hpp"
+#include "core/sequence.hpp"
+#include "registry.hpp"
+
+namespace heed {
+namespace {
+
+const char* forced_kernel(const Options& options) {
+  return options.force != nullptr ? options.force : std::getenv("HEED_FORCE_KERNEL");
+}
+
+Request request_of(Pass pass, const ForwardProblem& p, const Device& device,
+                   const Options& options) {
+  const std::int64_t group = p.k.heads() == 0 ? 1 : p.q.heads() / p.k.heads();
+  return {.pass = pass,
+          .dtype = p.q.dtype,
+          .arch = device.arch,
+          .head_dim = p.q.head_dim() > p.v.head_dim() ? p.q.head_dim() : p.v.head_dim(),
+          .query_rows = group * max_seqlen_q(p),
+          .force = forced_kernel(options)};
+}
+
+Status no_kernel(const Request& request) {
+  if (request.force != nullptr)
+    return {Code::unsupported,
+            std::string("the forced kernel ") + request.force + " does not serve this problem (" +
+                name_of(request.pass) + ", " + name_of(request.dtype) +
+                "); `heed list` prints the kernels' names"};
+  return {Code::unsupported, std::string("no kernel of this build serves ") +
+                                 name_of(request.pass) + " of " + name_of(request.dtype) +
+                                 " tensors on " + name_of(request.arch)};
+}
+
+// Few query rows leave few tasks, so the keys are split; every part has at least kKeysPerSplit.
+int splits_of(const KernelRow& row, const ForwardProblem& p, const Options& options) {
+  constexpr std::int64_t kTasks = 32;
+  constexpr std::int64_t kKeysPerSplit = 512;
+  if (row.pass != Pass::decode) return 1;
+  const std::int64_t most = clamp64(max_seqlen_k(p) / kKeysPerSplit, 1, 1024);
+  if (options.splits > 0) return static_cast<int>(clamp64(options.splits, 1, most));
+  const std::int64_t tasks = batch_entries(p) * p.k.heads();
+  return static_cast<int>(clamp64(tasks == 0 ? 1 : (kTasks + tasks - 1) / tasks, 1, most));
+}
+
+const ForwardProblem& forward_of(const ForwardProblem& problem) { return problem; }
+const ForwardProblem& forward_of(const BackwardProblem& problem) { return problem.forward; }
+std::size_t bytes_of(const Plan& plan, const ForwardProblem& problem) {
+  return plan.row->forward_bytes(plan, problem);
+}
+std::size_t bytes_of(const Plan& plan, const BackwardProblem& problem) {
+  return plan.row->backward_bytes(plan, problem);
+}
+
+template <class Problem>
+Result<Plan> plan_any(const Problem& problem, const Device& device, const Options& options) {
+  if (Status s = validate(problem); !s.ok()) return s;
+  const Request request = request_of(problem, device, options);
+  const KernelRow* row = find_row(registry(), request);
+  if (row == nullptr) return no_kernel(request);
+  Plan plan{.row = row,
+            .workers = device.units > 0 ? device.units : 1,
+            .splits = splits_of(*row, forward_of(problem), options)};
+  plan.workspace_bytes = bytes_of(plan, problem);
+  return plan;
+}
+
+template <class Problem>
+std::string explain_any(const Problem& problem, const Device& device, const Options& options) {
+  const Result<Plan> chosen = plan_any(problem, device, options);
+  if (!chosen.ok()) return chosen.status().message() + "\n";
+  std::string text = describe(*chosen) + "\n";
+  const Request request = request_of(problem, device, options);
+  for (const KernelRow& row : registry()) {
+    if (&row == chosen->row) break;
+    const Mismatch why = mismatch(row, request);
+    if (why == Mismatch::pass || why == Mismatch::dtype) continue;
+    text += "  not " + name_of(row) + ": " + describe(why, row, request) + "\n";
+  }
+  return text;
+}
+
+}  // namespace
+
+Request request_of(const ForwardProblem& problem, const Device& device, const Options& options) {
+  return request_of(Pass::forward, problem, device, options);
+}
+
+Request request_of(const BackwardProblem& problem, const Device& device, const Options& options) {
+  return request_of(Pass::backward, problem.forward, device, options);
+}
+
+std::string describe(const Plan& plan) {
+  return name_of(*plan.row) + ": tile " + std::to_string(plan.row->tile_m) + " x " +
+         std::to_string(plan.row->tile_n) + ", " + std::to_string(plan.workers) + " workers, " +
+         std::to_string(plan.splits) + " splits, workspace " +
+         std::to_string(plan.workspace_bytes) + " bytes";
+}
+
+Result<Plan> plan(const ForwardProblem& problem, const Device& device, const Options& options) {
+  return plan_any(problem, device, options);
+}
+
+Result<Plan> plan(const BackwardProblem& problem, const Device& device, const Options& options) {
+  return plan_any(problem, device, options);
+}
+
+std::string explain(const ForwardProblem& problem, const Device& device, const Options& options) {
+  return explain_any(problem, device, options);
+}
+
+std::string explain(const BackwardProblem& problem, const Device& device, const Options& options) {
+  return explain_any(problem, device, options);
+}
+
+}  // namespace heed

@@ -1,0 +1,64 @@
+// Runs what was planned; no decision is taken here.
+#include <cstdint>
+#include <string>
+
+#include "api/validate.hpp"
+#include "registry.hpp"
+
+namespace heed {
+namespace {
+
+Status check_workspace(const Plan& plan, Workspace workspace) {
+  if (plan.row == nullptr) return {Code::invalid, "plan.row is null: make the plan with plan()"};
+  if (workspace.bytes < plan.workspace_bytes)
+    return {Code::invalid, "workspace.bytes = " + std::to_string(workspace.bytes) +
+                               " must be at least " + std::to_string(plan.workspace_bytes)};
+  if (plan.workspace_bytes == 0) return {};
+  if (workspace.data == nullptr ||
+      reinterpret_cast<std::uintptr_t>(workspace.data) % kWorkspaceAlignment != 0)
+    return {Code::invalid, "workspace.data must be a non-null multiple of " +
+                               std::to_string(kWorkspaceAlignment) + " bytes"};
+  return {};
+}
+
+template <class Problem>
+Status plan_and_run(const Problem& problem, Workspace workspace, Queue queue,
+                    const Options& options) {
+  const Result<Device> device = Device::cpu();
+  if (!device.ok()) return device.status();
+  Device cpu = *device;
+  if (queue.executor != nullptr) cpu.units = queue.executor->concurrency();
+  const Result<Plan> chosen = plan(problem, cpu, options);
+  if (!chosen.ok()) return chosen.status();
+  return run(*chosen, problem, workspace, queue);
+}
+
+}  // namespace
+
+Status run(const Plan& plan, const ForwardProblem& problem, Workspace workspace, Queue queue) {
+  if (Status s = check_workspace(plan, workspace); !s.ok()) return s;
+  if (plan.row->forward == nullptr)
+    return {Code::invalid, "plan is for a backward problem: " + describe(plan)};
+  if (Status s = validate_contents(problem); !s.ok()) return s;
+  return plan.row->forward(plan, problem, workspace, queue);
+}
+
+Status run(const Plan& plan, const BackwardProblem& problem, Workspace workspace, Queue queue) {
+  if (Status s = check_workspace(plan, workspace); !s.ok()) return s;
+  if (plan.row->backward == nullptr)
+    return {Code::invalid, "plan is for a forward problem: " + describe(plan)};
+  if (Status s = validate_contents(problem); !s.ok()) return s;
+  return plan.row->backward(plan, problem, workspace, queue);
+}
+
+Status forward(const ForwardProblem& problem, Workspace workspace, Queue queue,
+               const Options& options) {
+  return plan_and_run(problem, workspace, queue, options);
+}
+
+Status backward(const BackwardProblem& problem, Workspace workspace, Queue queue,
+                const Options& options) {
+  return plan_and_run(problem, workspace, queue, options);
+}
+
+}  // namespace heed

@@ -1,0 +1,50 @@
+// Which instruction set this CPU and its operating system offer.
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "heed/plan.hpp"
+
+namespace heed {
+namespace {
+
+// __builtin_cpu_supports also asks XGETBV whether the operating system saves the wide registers.
+Arch detected_arch() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Arch::avx512_bf16;
+  if (avx512) return Arch::avx512;
+  if (avx2) return Arch::avx2;
+#endif
+  return Arch::scalar;
+}
+
+}  // namespace
+
+Result<Device> Device::cpu() {
+  static const Arch detected = detected_arch();
+  Device device{.arch = detected, .units = Executor::pool().concurrency()};
+  const char* forced = std::getenv("HEED_FORCE_ISA");
+  if (forced == nullptr || *forced == '\0') return device;
+  for (const Arch arch :
+       {Arch::reference, Arch::scalar, Arch::avx2, Arch::avx512, Arch::avx512_bf16}) {
+    if (std::strcmp(forced, name_of(arch)) != 0) continue;
+    if (arch > detected)
+      return Status(Code::unsupported, std::string("HEED_FORCE_ISA = ") + forced +
+                                           " is not available: this CPU offers up to " +
+                                           name_of(detected));
+    device.arch = arch;
+    return device;
+  }
+  return Status(Code::invalid,
+                std::string("HEED_FORCE_ISA = ") + forced +
+                    " must be one of reference, scalar, avx2, avx512, avx512_bf16");
+}
+
+}  // namespace heed

@@ -1,0 +1,116 @@
+// heed's own thread pool: workers that sleep between calls, and a caller that works along.
+#include "cpu/executor.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace heed {
+namespace {
+
+int default_threads() {
+  if (const char* text = std::getenv("HEED_NUM_THREADS")) {
+    const int n = std::atoi(text);
+    if (n >= 1) return std::min(n, 1024);
+  }
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+class Pool final : public Executor {
+ public:
+  Pool() : concurrency_(default_threads()), owner_(getpid()) {}
+
+  ~Pool() override {
+    if (getpid() != owner_) {  // a forked child has the objects but not the threads
+      for (std::thread& t : threads_) t.detach();
+      return;
+    }
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& t : threads_) t.join();
+  }
+
+  int concurrency() const override { return concurrency_; }
+
+  void run(int workers, void (*body)(void*, int), void* context) override {
+    // A second caller, a nested call and a forked child do all the work themselves.
+    std::unique_lock use(in_use_, std::defer_lock);
+    if (workers <= 1 || getpid() != owner_ || inside_ || !use.try_lock()) {
+      for (int w = 0; w < workers; ++w) body(context, w);
+      return;
+    }
+    inside_ = true;
+    {
+      const std::lock_guard lock(mutex_);
+      while (static_cast<int>(threads_.size()) < std::min(workers, concurrency_) - 1)
+        threads_.emplace_back([this] { serve(); });
+      body_ = body;
+      context_ = context;
+      next_ = 1;
+      end_ = workers;
+      pending_ = workers - 1;
+    }
+    wake_.notify_all();
+    body(context, 0);
+    std::unique_lock lock(mutex_);
+    while (next_ < end_) run_one(lock);
+    done_.wait(lock, [this] { return pending_ == 0; });
+    inside_ = false;
+  }
+
+ private:
+  // Takes the next worker index; called and returns with the lock held.
+  void run_one(std::unique_lock<std::mutex>& lock) {
+    const int worker = next_++;
+    const auto body = body_;
+    void* const context = context_;
+    lock.unlock();
+    body(context, worker);
+    lock.lock();
+    if (--pending_ == 0) done_.notify_one();
+  }
+
+  void serve() {
+    inside_ = true;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return stop_ || next_ < end_; });
+      if (stop_) return;
+      run_one(lock);
+    }
+  }
+
+  static thread_local bool inside_;
+
+  const int concurrency_;
+  const pid_t owner_;
+  std::vector<std::thread> threads_;
+  std::mutex in_use_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  bool stop_ = false;
+  void (*body_)(void*, int) = nullptr;
+  void* context_ = nullptr;
+  int next_ = 0;
+  int end_ = 0;
+  int pending_ = 0;
+};
+
+thread_local bool Pool::inside_ = false;
+
+}  // namespace
+
+Executor& Executor::pool() {
+  static Pool pool;
+  return pool;
+}
+
+}  // namespace heed

@@ -1,0 +1,319 @@
+// Forward, tiled: S = Q Kᵀ for kTileM query rows and kTileN keys, softmax in place, O = factor O + P V.
+//
+// K and V are packed once per entry and key head, into the workspace (all heads, then all tiles) or,
+// when there are enough short heads to keep every worker busy, by the worker that uses them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/workspace.hpp"
+#include "cpu/executor.hpp"
+#include "cpu/rowwise.hpp"
+#include "registry.hpp"
+
+namespace heed::cpu {
+
+// What a kernel is made of: instruction set, tensor type, and the words its products take.
+template <class IsaT, class ElementT>
+struct Config {
+  using Isa = IsaT;
+  using Element = ElementT;
+  static constexpr bool kPairs = Isa::kHasBf16Dot && std::is_same_v<Element, bf16>;
+  using Operand = typename std::conditional_t<kPairs, std::type_identity<Bf16Operand<Isa>>,
+                                              std::type_identity<F32Operand<Isa>>>::type;
+  using Word = typename Operand::Word;
+  static constexpr int kPanel = cpu::kPanel<Isa>;
+  static constexpr int kMicroRows = Isa::kMicroRows;
+  static constexpr DType kDType = std::is_same_v<Element, float>  ? DType::f32
+                                  : std::is_same_v<Element, bf16> ? DType::bf16
+                                                                  : DType::f16;
+  static constexpr DType kOperandDType = kPairs ? DType::bf16 : DType::f32;
+};
+
+template <class C>
+constexpr int words_of(std::int64_t elements) {
+  return static_cast<int>((elements + C::Operand::kDepth - 1) / C::Operand::kDepth);
+}
+
+template <class C>
+constexpr int padded_columns(std::int64_t columns) {
+  return round_up(static_cast<int>(columns), C::kPanel);
+}
+
+// Whole panels of a tile's columns that some row of the group from `first` on sees.
+template <class C>
+Span group_span(const RowLimits* limits, int first, int rows, int key0, int columns) {
+  Span span{columns, 0};
+  for (int r = first; r < std::min(first + C::kMicroRows, rows); ++r) {
+    const Span live = live_columns(limits[r], key0, {0, columns});
+    if (live.empty()) continue;
+    span.begin = std::min(span.begin, live.begin / C::kPanel * C::kPanel);
+    span.end = std::max(span.end, round_up(live.end, C::kPanel));
+  }
+  return span.empty() ? Span{} : span;
+}
+
+template <class C>
+class ForwardKernel {
+  using Isa = typename C::Isa;
+  using Element = typename C::Element;
+  using Word = typename C::Word;
+
+ public:
+  static constexpr int kTileM = 96;
+  static constexpr int kTileN = 192;
+  static constexpr int kGroups = kTileM / C::kMicroRows;
+  static constexpr int kLds = kTileN + 16;                // floats per row of S: an odd number of lines
+  static constexpr int kLdp = kLds / C::Operand::kDepth;  // words per row of P
+  static_assert(kTileM % C::kMicroRows == 0 && kTileN % C::kPanel == 0);
+
+  static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
+    return ForwardKernel(plan, p, WorkspaceLayout()).bytes_;
+  }
+
+  static Status launch(const Plan& plan, const ForwardProblem& p, Workspace workspace,
+                       Queue queue) {
+    ForwardKernel(plan, p, WorkspaceLayout(workspace)).run(executor_of(queue));
+    return {};
+  }
+
+ private:
+  struct Scratch {
+    Word* q;  // panels of kMicroRows rows
+    float* s;
+    Word* p;  // the words of S; S itself where they are floats
+    float* o;
+    float* factors;  // dropout of one row
+    Word *k, *v;     // one head's panels, when workers pack for themselves
+  };
+
+  ForwardKernel(const Plan& plan, const ForwardProblem& problem, WorkspaceLayout layout)
+      : p_(problem),
+        transform_{problem},
+        workers_(plan.workers),
+        k_words_(words_of<C>(problem.q.head_dim())),
+        v_columns_(padded_columns<C>(problem.v.head_dim())),
+        k_capacity_(round_up(static_cast<int>(max_seqlen_k(problem)), C::kPanel)) {
+    const std::int64_t heads = batch_entries(p_) * p_.k.heads();
+    private_packs_ = k_capacity_ <= kPrivateKeys && heads >= 4 * workers_;
+    const std::int64_t per_key = k_words_;
+    if (!private_packs_) {
+      const std::int64_t keys = p_.k.rank == 3 && p_.sequences.cu_seqlens_k != nullptr
+                                    ? p_.k.seqlen() + batch_entries(p_) * C::kPanel
+                                    : batch_entries(p_) * k_capacity_;
+      packed_k_ = layout.add<Word>(keys * p_.k.heads() * per_key);
+      packed_v_ = layout.add<Word>(words_of<C>(keys * p_.k.heads() * v_columns_));
+    }
+    scratch_bytes_ = carve(WorkspaceLayout()).bytes;
+    scratch_ = layout.add<std::byte>(static_cast<std::int64_t>(scratch_bytes_) * workers_);
+    bytes_ = layout.bytes();
+  }
+
+  struct Carved {
+    Scratch scratch;
+    std::size_t bytes;
+  };
+  Carved carve(WorkspaceLayout layout) const {
+    Scratch s;
+    s.q = layout.add<Word>(std::int64_t{kTileM} * k_words_ + Isa::kLanes);
+    s.s = layout.add<float>(std::int64_t{kTileM} * kLds);
+    if constexpr (C::kPairs) {
+      s.p = layout.add<Word>(std::int64_t{kTileM} * kLdp);
+    } else {
+      s.p = s.s;
+    }
+    s.o = layout.add<float>(std::int64_t{kTileM} * v_columns_);
+    s.factors = layout.add<float>(kTileN);
+    const std::int64_t keys = private_packs_ ? k_capacity_ : 0;
+    s.k = layout.add<Word>(keys * k_words_);
+    s.v = layout.add<Word>(words_of<C>(keys * v_columns_));
+    return {s, layout.bytes()};
+  }
+  Scratch scratch(int worker) const {
+    return carve(WorkspaceLayout({scratch_ + scratch_bytes_ * static_cast<std::size_t>(worker),
+                                  scratch_bytes_}))
+        .scratch;
+  }
+
+  // First key of an entry's panels in the shared packs; entries never share a panel.
+  std::int64_t pack_offset(const SequenceSlice& at, std::int64_t head) const {
+    if (p_.sequences.cu_seqlens_k == nullptr)
+      return (at.entry * p_.k.heads() + head) * k_capacity_;
+    const std::int64_t keys = p_.k.seqlen() + batch_entries(p_) * C::kPanel;
+    return head * keys + at.k.token / C::kPanel * C::kPanel + std::int64_t{at.entry} * C::kPanel;
+  }
+
+  void pack(const SequenceSlice& at, std::int64_t head, Word* k, Word* v) const {
+    const int padded = padded_columns<C>(at.k.length);
+    pack_transposed<typename C::Operand, C::kPanel>(
+        [&](int key) { return key_row<Element>(p_, p_.k, at, head, key); }, at.k.length,
+        static_cast<int>(p_.q.head_dim()), k);
+    pack_natural<typename C::Operand>(
+        [&](int key) { return key_row<Element>(p_, p_.v, at, head, key); }, at.k.length, padded,
+        static_cast<int>(p_.v.head_dim()), v, std::int64_t{words_of<C>(padded)} * C::kPanel);
+  }
+
+  void run(Executor& executor) {
+    const std::int64_t entries = batch_entries(p_);
+    const std::int64_t group = group_of(p_);
+    const std::int64_t tiles = (max_seqlen_q(p_) + kTileM - 1) / kTileM;
+    if (has_gaps(p_))
+      parallel_for(executor, workers_, (p_.q.batch() * p_.q.seqlen() + 63) / 64,
+                   [&](std::int64_t block, int) { clear(block * 64); });
+    if (private_packs_) {
+      parallel_for(executor, workers_, entries * p_.k.heads(), [&](std::int64_t task, int worker) {
+        const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.k.heads()));
+        const std::int64_t head = task % p_.k.heads();
+        const Scratch s = scratch(worker);
+        pack(at, head, s.k, s.v);
+        for (std::int64_t h = head * group; h < (head + 1) * group; ++h)
+          for (int row = 0; row < at.q.length; row += kTileM) tile(s, at, h, row, s.k, s.v);
+      });
+      return;
+    }
+    parallel_for(executor, workers_, entries * p_.k.heads(), [&](std::int64_t task, int) {
+      const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.k.heads()));
+      const std::int64_t head = task % p_.k.heads();
+      pack(at, head, k_panels(at, head), v_panels(at, head));
+    });
+    // Last tiles first: under a causal mask they are the longest.
+    parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
+                 [&](std::int64_t task, int worker) {
+                   const std::int64_t m_tile = tiles - 1 - task / (entries * p_.q.heads());
+                   const std::int64_t rest = task % (entries * p_.q.heads());
+                   const SequenceSlice at =
+                       slice_of(p_, static_cast<int>(rest / p_.q.heads()));
+                   const std::int64_t head = rest % p_.q.heads();
+                   const std::int64_t row = m_tile * kTileM;
+                   if (row >= at.q.length) return;
+                   tile(scratch(worker), at, head, static_cast<int>(row),
+                        k_panels(at, head / group), v_panels(at, head / group));
+                 });
+  }
+
+  Word* k_panels(const SequenceSlice& at, std::int64_t head) const {
+    return packed_k_ + pack_offset(at, head) * k_words_;
+  }
+  Word* v_panels(const SequenceSlice& at, std::int64_t head) const {
+    return packed_v_ + pack_offset(at, head) / C::Operand::kDepth * v_columns_;
+  }
+
+  void clear(std::int64_t first_token) const {
+    const std::int64_t end = std::min(first_token + 64, p_.q.batch() * p_.q.seqlen());
+    for (std::int64_t token = first_token; token < end; ++token) {
+      zero_token<Element>(p_.out, token);
+      if (p_.lse == nullptr) continue;
+      const std::int64_t seqlen = p_.q.seqlen();
+      for (std::int64_t head = 0; head < p_.q.heads(); ++head)
+        p_.lse[(token / seqlen * p_.q.heads() + head) * seqlen + token % seqlen] = -kInfinity;
+    }
+  }
+
+  void tile(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, const Word* k,
+            const Word* v) const {
+    const int rows = std::min(kTileM, at.q.length - row0);
+    const int groups = (rows + C::kMicroRows - 1) / C::kMicroRows;
+    RowLimits limits[kTileM];
+    RowLimits all{at.k.length, 0};
+    for (int r = 0; r < rows; ++r) {
+      limits[r] = row_limits(p_.band, at, p_.intervals, row0 + r);
+      if (limits[r].first >= limits[r].end) continue;
+      all.first = std::min(all.first, limits[r].first);
+      all.end = std::max(all.end, limits[r].end);
+    }
+    pack_transposed<typename C::Operand, C::kMicroRows>(
+        [&](int r) { return row_of<Element>(p_.q, at.q, head, row0 + r); }, rows,
+        static_cast<int>(p_.q.head_dim()), w.q);
+    std::fill_n(w.o, groups * C::kMicroRows * v_columns_, 0.f);
+
+    SoftmaxState state[kTileM];
+    float rescaled[kTileM];
+    const int padded = padded_columns<C>(at.k.length);
+    const float factor = transform_.factor();
+    for (int key0 = all.first / C::kPanel * C::kPanel; key0 < all.end; key0 += kTileN) {
+      const int columns = std::min(kTileN, padded - key0);
+      Span spans[kGroups];
+      for (int g = 0; g < groups; ++g)
+        spans[g] = group_span<C>(limits, g * C::kMicroRows, rows, key0, columns);
+      product_columns<typename C::Operand>(w.q, k + std::int64_t{key0} * k_words_, k_words_, w.s,
+                                           kLds, spans, groups, columns);
+      for (int r = 0; r < groups * C::kMicroRows; ++r) {
+        const Span span = spans[r / C::kMicroRows];
+        if (span.empty()) continue;
+        float* s = w.s + r * kLds;
+        if (r >= rows) {
+          fill_outside(s, span, {span.end, span.end}, 0.f);
+          rescaled[r] = 1.f;
+        } else {
+          const Span live = live_columns(limits[r], key0, span);
+          transform_.apply(s, nullptr, span, live, at, head, row0 + r, key0);
+          fill_outside(s, span, live, -kInfinity);
+          rescaled[r] = softmax_update<Isa>(s, span, factor, state[r]);
+          if (p_.dropout.probability > 0.f) {
+            dropout_factors(p_.dropout, at.entry, head, row0 + r, key0 + span.begin,
+                            span.end - span.begin, w.factors + span.begin);
+            apply_factors<Isa>(s, w.factors, span);
+          }
+        }
+        to_words<typename C::Operand>(s, w.p + r * kLdp, span);
+      }
+      product_depth<typename C::Operand, kLdp, Update::scale_add>(
+          w.p, v + std::int64_t{key0} / C::Operand::kDepth * C::kPanel,
+          std::int64_t{words_of<C>(padded)} * C::kPanel, w.o, v_columns_, spans, groups,
+          v_columns_, rescaled);
+    }
+    for (int r = 0; r < rows; ++r)
+      store(at, head, row0 + r, w.o + std::int64_t{r} * v_columns_, state[r]);
+  }
+
+  void store(const SequenceSlice& at, std::int64_t head, int row, const float* o,
+             SoftmaxState state) const {
+    float kept = 1.f;  // what the accumulated row is worth beside the sink
+    if (p_.sink != nullptr) {
+      const SoftmaxState sink{static_cast<float>(double{p_.sink[head]} * kLog2e),
+                              p_.sink[head] == -kInfinity ? 0.f : 1.f};
+      const SoftmaxState merged = merge(state, sink);
+      kept = rescale(state.max, merged.max);
+      state = merged;
+    }
+    store_row<Isa>(row_of<Element>(p_.out, at.q, head, row), o, p_.v.head_dim(),
+                   state.sum == 0.f ? 0.f : kept / state.sum);
+    if (p_.lse != nullptr)
+      p_.lse[lse_index(p_, at, static_cast<int>(head), row)] = natural_lse(state);
+  }
+
+  static constexpr int kPrivateKeys = 1024;
+
+  const ForwardProblem& p_;
+  const ScoreTransform<Isa> transform_;
+  const int workers_;
+  const int k_words_;     // words of one key
+  const int v_columns_;   // head_dim_v, up to whole panels
+  const int k_capacity_;  // keys of one entry, up to whole panels
+  bool private_packs_ = false;
+  Word* packed_k_ = nullptr;
+  Word* packed_v_ = nullptr;
+  std::byte* scratch_ = nullptr;
+  std::size_t scratch_bytes_ = 0;
+  std::size_t bytes_ = 0;
+};
+
+template <class C>
+constexpr KernelRow forward_row() {
+  using Kernel = ForwardKernel<C>;
+  return {.arch = C::Isa::kArch,
+          .pass = Pass::forward,
+          .dtype = C::kDType,
+          .operand = C::kOperandDType,
+          .tile_m = Kernel::kTileM,
+          .tile_n = Kernel::kTileN,
+          .max_head_dim = 512,
+          .max_query_rows = 0,
+          .forward_bytes = Kernel::bytes,
+          .forward = Kernel::launch,
+          .backward_bytes = nullptr,
+          .backward = nullptr};
+}
+
+}  // namespace heed::cpu

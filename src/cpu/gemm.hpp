@@ -1,0 +1,133 @@
+// Register-tiled matrix products on packed operands: the two products of attention and their
+// gradients are all C[rows, cols] (+)= A[rows, depth] B[depth, cols].
+//
+// Operands are 32-bit words: one f32, or two bf16 that are neighbours along depth. B stands in panels
+// [panel][depth word][kPanel columns]; A is read word by word at constant strides.
+#pragma once
+
+#include <cstdint>
+
+namespace heed::cpu {
+
+template <class IsaT>
+struct F32Operand {
+  using Isa = IsaT;
+  using Word = float;
+  using Vec = typename Isa::Vec;
+  using Wide = Vec;
+  static constexpr int kDepth = 1;  // elements per word
+  static Wide load(const Word* p) { return Isa::load(p); }
+  static Vec mac(Vec acc, Word a, Wide b) { return Isa::fma(Isa::broadcast(a), b, acc); }
+};
+
+template <class IsaT>
+struct Bf16Operand {
+  using Isa = IsaT;
+  using Word = std::uint32_t;
+  using Vec = typename Isa::Vec;
+  using Wide = typename Isa::Pairs;
+  static constexpr int kDepth = 2;
+  static Wide load(const Word* p) { return Isa::load_pairs(p); }
+  static Vec mac(Vec acc, Word a, Wide b) { return Isa::dot(acc, a, b); }
+};
+
+template <class Isa>
+inline constexpr int kPanel = 2 * Isa::kLanes;  // columns of one panel of B
+
+// How C takes the product: C = AB, C += AB, or C = factor[row] * C + AB.
+enum class Update { store, add, scale_add };
+
+// C[kMicroRows, kPanel] from one panel of B. Word (row, depth) of A is a[row * kRow + depth * kDepth].
+template <class Operand, int kRow, int kDepthStride, Update kUpdate>
+[[gnu::always_inline]] inline void micro_product(const typename Operand::Word* a,
+                                                 const typename Operand::Word* b, int depth,
+                                                 float* c, int ldc, const float* factor) {
+  using Isa = typename Operand::Isa;
+  using Vec = typename Isa::Vec;
+  constexpr int kRows = Isa::kMicroRows;
+  Vec acc[kRows][2] = {};
+  for (int k = 0; k < depth; ++k) {
+    const auto b0 = Operand::load(b);
+    const auto b1 = Operand::load(b + Isa::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const typename Operand::Word word = a[r * kRow];
+      acc[r][0] = Operand::mac(acc[r][0], word, b0);
+      acc[r][1] = Operand::mac(acc[r][1], word, b1);
+    }
+    a += kDepthStride;
+    b += kPanel<Isa>;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    float* row = c + r * ldc;
+    if constexpr (kUpdate == Update::add) {
+      acc[r][0] = acc[r][0] + Isa::load(row);
+      acc[r][1] = acc[r][1] + Isa::load(row + Isa::kLanes);
+    } else if constexpr (kUpdate == Update::scale_add) {
+      const Vec f = Isa::broadcast(factor[r]);
+      acc[r][0] = Isa::fma(f, Isa::load(row), acc[r][0]);
+      acc[r][1] = Isa::fma(f, Isa::load(row + Isa::kLanes), acc[r][1]);
+    }
+    Isa::store(row, acc[r][0]);
+    Isa::store(row + Isa::kLanes, acc[r][1]);
+  }
+}
+
+// Columns (for S, dP) or depth (for the products with P and dS) that a group of kMicroRows rows needs.
+struct Span {
+  int begin = 0;
+  int end = 0;
+  bool empty() const { return begin >= end; }
+};
+
+// C[:, span] = A B for every group of rows; spans are multiples of kPanel. A: panels of kMicroRows rows.
+template <class Operand>
+void product_columns(const typename Operand::Word* a, const typename Operand::Word* b, int depth,
+                     float* c, int ldc, const Span* spans, int groups, int cols) {
+  using Isa = typename Operand::Isa;
+  constexpr int kRows = Isa::kMicroRows;
+  for (int col = 0; col < cols; col += kPanel<Isa>, b += std::int64_t{depth} * kPanel<Isa>)
+    for (int g = 0; g < groups; ++g)
+      if (spans[g].begin <= col && col < spans[g].end)
+        micro_product<Operand, 1, kRows, Update::store>(
+            a + std::int64_t{g} * depth * kRows, b, depth, c + g * kRows * ldc + col, ldc, nullptr);
+}
+
+// C (+)= A B over cols / kPanel panels of B, `panel_stride` words apart; each group of rows has its own
+// range of depth (elements; multiples of kPanel). A is stored by rows of kLda words.
+template <class Operand, int kLda, Update kUpdate>
+void product_depth(const typename Operand::Word* a, const typename Operand::Word* b,
+                   std::int64_t panel_stride, float* c, int ldc, const Span* spans, int groups,
+                   int cols, const float* factor) {
+  using Isa = typename Operand::Isa;
+  constexpr int kRows = Isa::kMicroRows;
+  for (int col = 0; col < cols; col += kPanel<Isa>, b += panel_stride)
+    for (int g = 0; g < groups; ++g) {
+      if (spans[g].empty()) continue;
+      const int first = spans[g].begin / Operand::kDepth;
+      const int depth = spans[g].end / Operand::kDepth - first;
+      micro_product<Operand, kLda, 1, kUpdate>(a + g * kRows * kLda + first,
+                                               b + std::int64_t{first} * kPanel<Isa>, depth,
+                                               c + g * kRows * ldc + col, ldc,
+                                               factor == nullptr ? nullptr : factor + g * kRows);
+    }
+}
+
+// C[rows, cols] += Aᵀ B for the rows in `rows` (multiples of kMicroRows) and `depth` elements; word
+// (row, depth) of Aᵀ is a[row + depth * kLda].
+template <class Operand, int kLda>
+void product_transposed(const typename Operand::Word* a, const typename Operand::Word* b,
+                        std::int64_t panel_stride, float* c, int ldc, Span rows, Span depth,
+                        int cols) {
+  using Isa = typename Operand::Isa;
+  const int first = depth.begin / Operand::kDepth;
+  const int words = depth.end / Operand::kDepth - first;
+  for (int col = 0; col < cols; col += kPanel<Isa>, b += panel_stride)
+    for (int row = rows.begin; row < rows.end; row += Isa::kMicroRows)
+      micro_product<Operand, 1, kLda, Update::add>(
+          a + row + first * kLda, b + std::int64_t{first} * kPanel<Isa>, words,
+          c + row * ldc + col, ldc, nullptr);
+}
+
+}  // namespace heed::cpu

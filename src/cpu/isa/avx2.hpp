@@ -1,0 +1,68 @@
+// AVX2 with FMA and F16C. Everything after this header is compiled for it, up to isa/end.hpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/half.hpp"
+#include "heed/plan.hpp"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace heed::cpu {
+
+struct Avx2 {
+  static constexpr Arch kArch = Arch::avx2;
+  static constexpr int kLanes = 8;
+  static constexpr int kMicroRows = 6;  // 6 x 2 accumulators + 2 + 1 of 16 registers
+  static constexpr bool kHasBf16Dot = false;
+  using Vec = __m256;
+
+  static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vec load(const bf16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static Vec load(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+  static void store(bf16* p, Vec x) {
+    alignas(32) float lanes[kLanes];
+    _mm256_store_ps(lanes, x);
+    for (int i = 0; i < kLanes; ++i) p[i] = from_float<bf16>(lanes[i]);
+  }
+  static void store(f16* p, Vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static Vec broadcast(float x) { return _mm256_set1_ps(x); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static float reduce_max(Vec x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+  }
+  static float reduce_add(Vec x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+  static Vec round(Vec x) {
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static Vec scale_by_power(Vec p, Vec n, Vec x) {
+    const __m256i exponent =
+        _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    const Vec power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    const Vec zero = _mm256_cmp_ps(x, _mm256_set1_ps(-125.f), _CMP_LT_OQ);
+    return _mm256_andnot_ps(zero, _mm256_mul_ps(p, power));
+  }
+};
+
+}  // namespace heed::cpu

@@ -1,0 +1,54 @@
+// AVX-512 with the bf16 dot product. Everything after this header is compiled for it, up to
+// isa/end.hpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/isa/avx512.hpp"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(                                                     \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512bf16")
+#endif
+
+namespace heed::cpu {
+
+struct Avx512Bf16 : Avx512 {
+  static constexpr Arch kArch = Arch::avx512_bf16;
+  static constexpr bool kHasBf16Dot = true;
+  using Pairs = __m512i;  // 16 words of two bf16: the even one in the low half
+
+  static Pairs load_pairs(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+  // acc + a.lo * b.lo + a.hi * b.hi; denormals count as zero.
+  static Vec dot(Vec acc, std::uint32_t a, Pairs b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+  }
+  static Vec dot(Vec acc, Pairs a, Pairs b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+  }
+  using Avx512::store;
+  static void store(bf16* p, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+  }
+  // Words that pair the lanes of two rows: even in the low half.
+  static void store_zipped(std::uint32_t* p, Vec even, Vec odd) {
+    const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+    const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+    _mm512_storeu_si512(p, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+  }
+  static void store_zipped(std::uint32_t* p, const bf16* even, const bf16* odd) {
+    const __m512i lo = _mm512_cvtepu16_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+    const __m512i hi =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+    _mm512_storeu_si512(p, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+  }
+};
+
+}  // namespace heed::cpu

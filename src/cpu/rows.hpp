@@ -1,0 +1,18 @@
+// The rows of one instruction set: every pass for every tensor type.
+#pragma once
+
+#include <array>
+#include <span>
+
+#include "cpu/backward.hpp"
+
+namespace heed::cpu {
+
+template <class Isa, class... Elements>
+std::span<const KernelRow> rows() {
+  static constexpr std::array kRows{forward_row<Config<Isa, Elements>>()...,
+                                   backward_row<Config<Isa, Elements>>()...};
+  return kRows;
+}
+
+}  // namespace heed::cpu

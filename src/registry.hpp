@@ -1,0 +1,62 @@
+// The table of kernels: dispatch, support tables, error texts, tests and `heed list` read it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "heed/plan.hpp"
+#include "heed/problem.hpp"
+#include "heed/status.hpp"
+
+namespace heed {
+
+enum class Pass : std::uint8_t { forward, decode, backward };
+const char* name_of(Pass pass);
+
+// One compiled kernel. A pass uses either the forward or the backward pair of functions.
+struct KernelRow {
+  Arch arch;
+  Pass pass;
+  DType dtype;    // of q, k, v, out, dout, dq, dk, dv
+  DType operand;  // what P and dS are rounded to before they are multiplied again
+  int tile_m;     // query rows per step
+  int tile_n;     // keys per step
+  int max_head_dim;
+  int max_query_rows;  // decode: most rows seqlen_q * heads_q / heads_k of one key head; 0: any
+
+  // Scratch bytes of a plan, and the kernel itself. Both see validated problems only.
+  std::size_t (*forward_bytes)(const Plan&, const ForwardProblem&);
+  Status (*forward)(const Plan&, const ForwardProblem&, Workspace, Queue);
+  std::size_t (*backward_bytes)(const Plan&, const BackwardProblem&);
+  Status (*backward)(const Plan&, const BackwardProblem&, Workspace, Queue);
+};
+// arch/pass/dtype, such as "avx512/forward/bf16".
+std::string name_of(const KernelRow& row);
+
+// Every kernel of this build, best first.
+std::span<const KernelRow> registry();
+
+// The first thing about a row that does not fit a request.
+enum class Mismatch : std::uint8_t { none, pass, arch, dtype, head_dim, query_rows, forced };
+
+struct Request {
+  Pass pass;  // forward also takes decode rows
+  DType dtype;
+  Arch arch;
+  std::int64_t head_dim;
+  std::int64_t query_rows;
+  const char* force;  // null: none
+};
+Request request_of(const ForwardProblem& problem, const Device& device, const Options& options);
+Request request_of(const BackwardProblem& problem, const Device& device, const Options& options);
+
+Mismatch mismatch(const KernelRow& row, const Request& request);
+// A sentence fragment such as "needs avx512_bf16, this device is avx2".
+std::string describe(Mismatch why, const KernelRow& row, const Request& request);
+
+// The first row that fits; nullptr when none does.
+const KernelRow* find_row(std::span<const KernelRow> rows, const Request& request);
+
+}  // namespace heed
