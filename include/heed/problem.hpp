@@ -67,7 +67,7 @@ struct KeyIntervals {
 
 // Keys and values in pages: k and v are [num_pages, page_size, heads_k, head_dim]. Slot j of entry b
 // is row j % page_size of page page_table[b * max_pages + j / page_size]. Needs seqused_k.
-// A page id outside [0, num_pages) is unmapped: its keys are not visible.
+// A GPU takes a page id outside [0, num_pages) as unmapped: its keys are not visible. A CPU refuses it.
 struct PagedKv {
   const std::int32_t* page_table = nullptr;  // [batch, max_pages]
   std::int64_t max_pages = 0;

@@ -58,6 +58,9 @@ std::size_t bytes_of(const Plan& plan, const BackwardProblem& problem) {
 template <class Problem>
 Result<Plan> plan_any(const Problem& problem, const Device& device, const Options& options) {
   if (Status s = validate(problem); !s.ok()) return s;
+  if (options.splits < 0)
+    return Status(Code::invalid, "options.splits = " + std::to_string(options.splits) +
+                                     " must be at least 0 (0: chosen from the shape)");
   const Request request = request_of(problem, device, options);
   const KernelRow* row = find_row(registry(), request);
   if (row == nullptr) return no_kernel(request);

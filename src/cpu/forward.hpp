@@ -54,6 +54,37 @@ Span group_span(const RowLimits* limits, int first, int rows, int key0, int colu
   return span.empty() ? Span{} : span;
 }
 
+// Up to 64 tokens of out and lse from `first` on, as rows without keys have them.
+template <class Element>
+void clear_rows(const ForwardProblem& p, std::int64_t first) {
+  const std::int64_t seqlen = p.q.seqlen();
+  const std::int64_t end = std::min(first + 64, p.q.batch() * seqlen);
+  for (std::int64_t token = first; token < end; ++token) {
+    zero_token<Element>(p.out, token);
+    if (p.lse == nullptr) continue;
+    for (std::int64_t head = 0; head < p.q.heads(); ++head)
+      p.lse[(token / seqlen * p.q.heads() + head) * seqlen + token % seqlen] = -kInfinity;
+  }
+}
+
+// Normalises an accumulated row, the sink included, and writes it with its lse.
+template <class C>
+void store_output(const ForwardProblem& p, const SequenceSlice& at, std::int64_t head, int row,
+                  const float* o, SoftmaxState state) {
+  float kept = 1.f;  // what the accumulated row is worth beside the sink
+  if (p.sink != nullptr) {
+    const SoftmaxState sink{static_cast<float>(double{p.sink[head]} * kLog2e),
+                            p.sink[head] == -kInfinity ? 0.f : 1.f};
+    const SoftmaxState merged = merge(state, sink);
+    kept = rescale(state.max, merged.max);
+    state = merged;
+  }
+  store_row<typename C::Isa>(row_of<typename C::Element>(p.out, at.q, head, row), o,
+                             p.v.head_dim(), state.sum == 0.f ? 0.f : kept / state.sum);
+  if (p.lse != nullptr)
+    p.lse[lse_index(p, at, static_cast<int>(head), row)] = natural_lse(state);
+}
+
 template <class C>
 class ForwardKernel {
   using Isa = typename C::Isa;
@@ -160,7 +191,7 @@ class ForwardKernel {
     const std::int64_t tiles = (max_seqlen_q(p_) + kTileM - 1) / kTileM;
     if (has_gaps(p_))
       parallel_for(executor, workers_, (p_.q.batch() * p_.q.seqlen() + 63) / 64,
-                   [&](std::int64_t block, int) { clear(block * 64); });
+                   [&](std::int64_t block, int) { clear_rows<Element>(p_, block * 64); });
     if (private_packs_) {
       parallel_for(executor, workers_, entries * p_.k.heads(), [&](std::int64_t task, int worker) {
         const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.k.heads()));
@@ -197,17 +228,6 @@ class ForwardKernel {
   }
   Word* v_panels(const SequenceSlice& at, std::int64_t head) const {
     return packed_v_ + pack_offset(at, head) / C::Operand::kDepth * v_columns_;
-  }
-
-  void clear(std::int64_t first_token) const {
-    const std::int64_t end = std::min(first_token + 64, p_.q.batch() * p_.q.seqlen());
-    for (std::int64_t token = first_token; token < end; ++token) {
-      zero_token<Element>(p_.out, token);
-      if (p_.lse == nullptr) continue;
-      const std::int64_t seqlen = p_.q.seqlen();
-      for (std::int64_t head = 0; head < p_.q.heads(); ++head)
-        p_.lse[(token / seqlen * p_.q.heads() + head) * seqlen + token % seqlen] = -kInfinity;
-    }
   }
 
   void tile(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, const Word* k,
@@ -264,23 +284,7 @@ class ForwardKernel {
           v_columns_, rescaled);
     }
     for (int r = 0; r < rows; ++r)
-      store(at, head, row0 + r, w.o + std::int64_t{r} * v_columns_, state[r]);
-  }
-
-  void store(const SequenceSlice& at, std::int64_t head, int row, const float* o,
-             SoftmaxState state) const {
-    float kept = 1.f;  // what the accumulated row is worth beside the sink
-    if (p_.sink != nullptr) {
-      const SoftmaxState sink{static_cast<float>(double{p_.sink[head]} * kLog2e),
-                              p_.sink[head] == -kInfinity ? 0.f : 1.f};
-      const SoftmaxState merged = merge(state, sink);
-      kept = rescale(state.max, merged.max);
-      state = merged;
-    }
-    store_row<Isa>(row_of<Element>(p_.out, at.q, head, row), o, p_.v.head_dim(),
-                   state.sum == 0.f ? 0.f : kept / state.sum);
-    if (p_.lse != nullptr)
-      p_.lse[lse_index(p_, at, static_cast<int>(head), row)] = natural_lse(state);
+      store_output<C>(p_, at, head, row0 + r, w.o + std::int64_t{r} * v_columns_, state[r]);
   }
 
   static constexpr int kPrivateKeys = 1024;

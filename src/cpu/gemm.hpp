@@ -18,6 +18,7 @@ struct F32Operand {
   static constexpr int kDepth = 1;  // elements per word
   static Wide load(const Word* p) { return Isa::load(p); }
   static Vec mac(Vec acc, Word a, Wide b) { return Isa::fma(Isa::broadcast(a), b, acc); }
+  static Vec multiply_add(Vec acc, Wide a, Wide b) { return Isa::fma(a, b, acc); }
 };
 
 template <class IsaT>
@@ -29,6 +30,7 @@ struct Bf16Operand {
   static constexpr int kDepth = 2;
   static Wide load(const Word* p) { return Isa::load_pairs(p); }
   static Vec mac(Vec acc, Word a, Wide b) { return Isa::dot(acc, a, b); }
+  static Vec multiply_add(Vec acc, Wide a, Wide b) { return Isa::dot(acc, a, b); }
 };
 
 template <class Isa>

@@ -5,12 +5,14 @@
 #include <span>
 
 #include "cpu/backward.hpp"
+#include "cpu/decode.hpp"
 
 namespace heed::cpu {
 
 template <class Isa, class... Elements>
 std::span<const KernelRow> rows() {
-  static constexpr std::array kRows{forward_row<Config<Isa, Elements>>()...,
+  static constexpr std::array kRows{decode_row<Config<Isa, Elements>>()...,
+                                   forward_row<Config<Isa, Elements>>()...,
                                    backward_row<Config<Isa, Elements>>()...};
   return kRows;
 }
