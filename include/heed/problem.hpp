@@ -32,7 +32,7 @@ constexpr Band sliding_window(int keys_back) { return {.left = keys_back, .right
 constexpr Band chunked(int chunk) { return {.left = kUnbounded, .right = 0, .chunk = chunk}; }
 
 struct Score {
-  std::optional<float> scale;  // default: 1 / sqrt(head_dim)
+  std::optional<float> scale{};  // default: 1 / sqrt(head_dim)
   float softcap = 0.f;         // 0: none
 };
 
@@ -81,30 +81,32 @@ struct Dropout {
 };
 
 struct ForwardProblem {
-  ConstTensorView q;    // [batch, seqlen_q, heads_q, head_dim] or packed [total_q, ...]
-  ConstTensorView k;    // [batch, seqlen_k, heads_k, head_dim] or packed or pages
-  ConstTensorView v;    // as k, with head_dim_v
-  TensorView out;       // as q, with head_dim_v
-  float* lse = nullptr; // [batch, heads_q, seqlen_q] or packed [heads_q, total_q]; natural log, with
-                        // the sink; -inf for a row without keys. Optional.
-  Band band;
-  Score score;
-  Sequences sequences;
-  KeyIntervals intervals;
-  ConstTensorView bias;         // [batch|1, heads_q|1, seqlen_q|1, seqlen_k]; bool: false hides
+  ConstTensorView q{};  // [batch, seqlen_q, heads_q, head_dim] or packed [total_q, ...]
+  ConstTensorView k{};  // [batch, seqlen_k, heads_k, head_dim] or packed or pages
+  ConstTensorView v{};  // as k, with head_dim_v
+  TensorView out{};     // as q, with head_dim_v
+  float* lse = nullptr;  // [batch, heads_q, seqlen_q] or packed [heads_q, total_q]; natural log, with
+                         // the sink; -inf for a row without keys. Optional.
+  Band band{};
+  Score score{};
+  Sequences sequences{};
+  KeyIntervals intervals{};
+  ConstTensorView bias{};       // [batch|1, heads_q|1, seqlen_q|1, seqlen_k]; bool: false hides
   const float* sink = nullptr;  // [heads_q]: one more logit per row, natural log units, no value
-  PagedKv paged;
-  Dropout dropout;
+  PagedKv paged{};
+  Dropout dropout{};
 };
 
 // Gradients of sum(out ∘ dout) + sum(lse ∘ dlse). `forward` is the problem as it ran: out and lse
 // hold its results and are only read.
 struct BackwardProblem {
-  ForwardProblem forward;
-  ConstTensorView dout;         // as out
+  ForwardProblem forward{};
+  ConstTensorView dout{};       // as out
   const float* dlse = nullptr;  // as lse; optional
-  TensorView dq, dk, dv;        // as q, k, v
-  TensorView dbias;             // as bias, f32; optional
+  TensorView dq{};              // as q
+  TensorView dk{};              // as k
+  TensorView dv{};              // as v
+  TensorView dbias{};           // as bias, f32; optional
   float* dsink = nullptr;       // [heads_q]; optional
 };
 
