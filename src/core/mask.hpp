@@ -48,6 +48,23 @@ constexpr bool key_valid(const KeyIntervals& intervals, const SequenceSlice& at,
   return (word >> (slot % 32) & 1u) != 0;
 }
 
+// Whether the validity bits let all keys [first, end) of the entry through; reads a word per 32 keys.
+constexpr bool all_keys_valid(const KeyIntervals& intervals, const SequenceSlice& at, int first,
+                              int end) {
+  if (intervals.bits == nullptr) return true;
+  const std::uint32_t* words = intervals.bits + at.entry * intervals.bits_batch_stride;
+  const std::int64_t slot_end = std::int64_t{at.k.slot} + end;
+  if (slot_end > 32 * intervals.bits_words) return first >= end;
+  for (std::int64_t slot = std::int64_t{at.k.slot} + first; slot < slot_end;) {
+    const std::int64_t word_end = slot / 32 * 32 + 32;
+    const std::int64_t stop = word_end < slot_end ? word_end : slot_end;
+    const std::uint32_t wanted = ~0u >> (32 - (stop - slot)) << slot % 32;
+    if ((words[slot / 32] & wanted) != wanted) return false;
+    slot = stop;
+  }
+  return true;
+}
+
 // What a tile has to visit along the other axis, in closed form for a Band: some row (column) of the
 // tile meets [begin, end), every one of them meets [interior_begin, interior_end).
 struct TileRange {

@@ -153,7 +153,7 @@ class BackwardKernel {
                        run_chunk(w, slice_of(p_, static_cast<int>(e)), h, chunk);
                  });
     if (partial_) {
-      const std::int64_t tiles = (max_seqlen_q(p_) + kTile - 1) / kTile;
+      const std::int64_t tiles = ceil_div(longest_query(p_), kTile);
       parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
                    [&](std::int64_t task, int worker) { add_chunks(task, worker, tiles); });
     }
@@ -336,7 +336,6 @@ class BackwardKernel {
     } else {
       const bool capped = p_.score.softcap > 0.f;
       transform_.apply(s, capped ? w.slope : nullptr, span, live, at, head, row, key0);
-      fill_outside(s, span, live, -kInfinity);
       const bool dropped = p_.dropout.probability > 0.f;
       if (dropped) {
         dropout_factors(p_.dropout, at.entry, head, row, key0 + span.begin,

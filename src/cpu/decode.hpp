@@ -159,9 +159,7 @@ class DecodeKernel {
       const Span live = live_columns(limits[r], key0, columns);
       const std::int64_t q_head = head_of(at, head, r);
       const int row = r % at.q.length;
-      fill_outside(s, columns, live, 0.f);
       transform_.apply(s, nullptr, columns, live, at, q_head, row, key0);
-      fill_outside(s, columns, live, -kInfinity);
       rescaled[r] = softmax_update<Isa>(s, columns, transform_.factor(), state[r]);
       if (p_.dropout.probability > 0.f) {
         dropout_factors(p_.dropout, at.entry, q_head, row, key0, kKeys, w.factors);

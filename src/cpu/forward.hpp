@@ -188,7 +188,6 @@ class ForwardKernel {
   void run(Executor& executor) {
     const std::int64_t entries = batch_entries(p_);
     const std::int64_t group = group_of(p_);
-    const std::int64_t tiles = (max_seqlen_q(p_) + kTileM - 1) / kTileM;
     if (has_gaps(p_))
       parallel_for(executor, workers_, (p_.q.batch() * p_.q.seqlen() + 63) / 64,
                    [&](std::int64_t block, int) { clear_rows<Element>(p_, block * 64); });
@@ -208,6 +207,7 @@ class ForwardKernel {
       const std::int64_t head = task % p_.k.heads();
       pack(at, head, k_panels(at, head), v_panels(at, head));
     });
+    const std::int64_t tiles = ceil_div(longest_query(p_), kTileM);
     // Last tiles first: under a causal mask they are the longest.
     parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
                  [&](std::int64_t task, int worker) {
@@ -268,7 +268,6 @@ class ForwardKernel {
         } else {
           const Span live = live_columns(limits[r], key0, span);
           transform_.apply(s, nullptr, span, live, at, head, row0 + r, key0);
-          fill_outside(s, span, live, -kInfinity);
           rescaled[r] = softmax_update<Isa>(s, span, factor, state[r]);
           if (p_.dropout.probability > 0.f) {
             dropout_factors(p_.dropout, at.entry, head, row0 + r, key0 + span.begin,

@@ -47,59 +47,68 @@ template <class Isa>
   return t * (x / Isa::max(magnitude, Isa::broadcast(1e-30f)));
 }
 
-// The scores of a row that are not only scaled: softcap, bias, validity bits.
+// Fills s outside `live` but inside `columns`.
+inline void fill_outside(float* s, Span columns, Span live, float value) {
+  for (int c = columns.begin; c < std::min(live.begin, columns.end); ++c) s[c] = value;
+  for (int c = std::max(live.end, columns.begin); c < columns.end; ++c) s[c] = value;
+}
+
+// What a row of scores goes through before the softmax: softcap, bias, mask.
 template <class Isa>
 struct ScoreTransform {
   using Vec = typename Isa::Vec;
   const ForwardProblem& p;
   float scale = scale_of(p);
   // Masked scores are -inf before they are multiplied, which only a positive scale leaves so.
-  bool plain = scale > 0.f && p.score.softcap == 0.f && !p.bias && p.intervals.bits == nullptr;
+  bool plain = scale > 0.f && p.score.softcap == 0.f && !p.bias;
 
   // What the softmax still has to multiply a transformed score by: log2 e, with the scale if plain.
   float factor() const {
     return static_cast<float>(plain ? double{scale} * kLog2e : kLog2e);
   }
 
-  // Scores [begin, end) of one row; column 0 is key `key0`. begin and end are multiples of kLanes;
-  // `live` are the columns the row's interval lets through. slope, if any, receives
-  // d score / d (scale * qk).
+  // Scores of one row in `columns` (multiples of kLanes), of which its interval lets `live` through;
+  // the others become -inf. Column 0 is key `key0`. slope, if any, receives d score / d (scale * qk).
   void apply(float* s, float* slope, Span columns, Span live, const SequenceSlice& at,
              std::int64_t head, int row, int key0) const {
-    if (plain) return;
+    if (!plain) {
+      scale_and_cap(s, slope, columns);
+      if (p.bias) add_bias(s, live, at, head, row, key0);
+    }
+    fill_outside(s, columns, live, -kInfinity);
+    if (!all_keys_valid(p.intervals, at, key0 + live.begin, key0 + live.end))
+      for (int c = live.begin; c < live.end; ++c)
+        if (!key_valid(p.intervals, at, key0 + c)) s[c] = -kInfinity;
+  }
+
+  void scale_and_cap(float* s, float* slope, Span columns) const {
+    const bool capped = p.score.softcap > 0.f;
+    const Vec inner = Isa::broadcast(capped ? scale / p.score.softcap : scale);
     const Vec cap = Isa::broadcast(p.score.softcap);
-    const Vec inner = Isa::broadcast(p.score.softcap > 0.f ? scale / p.score.softcap : scale);
     const Vec one = Isa::broadcast(1.f);
     for (int c = columns.begin; c < columns.end; c += Isa::kLanes) {
       Vec x = Isa::load(s + c) * inner;
-      if (p.score.softcap > 0.f) {
+      if (capped) {
         const Vec t = tanh<Isa>(x);
         if (slope != nullptr) Isa::store(slope + c, one - t * t);
         x = t * cap;
       }
       Isa::store(s + c, x);
     }
-    if (p.bias) {
-      constexpr int kBlock = 64;
-      float bias[kBlock];
-      const BiasRow from = bias_row(p.bias, at, head, row);
-      for (int c = live.begin; c < live.end; c += kBlock) {
-        const int count = std::min(kBlock, live.end - c);
-        load_bias(p.bias, from, key0 + c, count, bias);
-        for (int i = 0; i < count; ++i) s[c + i] += bias[i];
-      }
+  }
+
+  void add_bias(float* s, Span live, const SequenceSlice& at, std::int64_t head, int row,
+                int key0) const {
+    constexpr int kBlock = 64;
+    float bias[kBlock];
+    const BiasRow from = bias_row(p.bias, at, head, row);
+    for (int c = live.begin; c < live.end; c += kBlock) {
+      const int count = std::min(kBlock, live.end - c);
+      load_bias(p.bias, from, key0 + c, count, bias);
+      for (int i = 0; i < count; ++i) s[c + i] += bias[i];
     }
-    if (p.intervals.bits != nullptr)
-      for (int c = live.begin; c < live.end; ++c)
-        if (!key_valid(p.intervals, at, key0 + c)) s[c] = -kInfinity;
   }
 };
-
-// Fills s outside `live` but inside `columns`.
-inline void fill_outside(float* s, Span columns, Span live, float value) {
-  for (int c = columns.begin; c < std::min(live.begin, columns.end); ++c) s[c] = value;
-  for (int c = std::max(live.end, columns.begin); c < columns.end; ++c) s[c] = value;
-}
 
 // Columns of a row's interval inside a tile whose first key is key0.
 inline Span live_columns(RowLimits limits, int key0, Span columns) {

@@ -1,0 +1,362 @@
+// The operators heed::forward and heed::backward: tensors in, plan, run, tensors out.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "api/message.hpp"
+#include "executor.hpp"
+#include "heed/heed.hpp"
+#include "registry.hpp"
+#include "tensors.hpp"
+
+namespace heed::operators {
+namespace {
+
+// Takes an operator's arguments off its stack, in the order of the schema.
+class Arguments {
+ public:
+  explicit Arguments(const StableIValue* stack) : next_(stack) {}
+
+  template <class T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  std::optional<Tensor> optional_tensor() { return take<std::optional<Tensor>>(); }
+
+ private:
+  const StableIValue* next_;
+};
+
+// What both operators take from `bias` on.
+struct Fields {
+  explicit Fields(Arguments& a)
+      : bias(a.optional_tensor()), sink(a.optional_tensor()), intervals(a.optional_tensor()),
+        key_bits(a.optional_tensor()), cu_seqlens_q(a.optional_tensor()),
+        cu_seqlens_k(a.optional_tensor()), start_q(a.optional_tensor()),
+        start_k(a.optional_tensor()), seqused_q(a.optional_tensor()),
+        seqused_k(a.optional_tensor()), page_table(a.optional_tensor()),
+        seed(a.optional_tensor()), left(a.take<std::int64_t>()), right(a.take<std::int64_t>()),
+        chunk(a.take<std::int64_t>()), scale(a.take<double>()), softcap(a.take<double>()),
+        dropout_p(a.take<double>()), max_seqlen_q(a.take<std::int64_t>()),
+        max_seqlen_k(a.take<std::int64_t>()) {}
+
+  std::optional<Tensor> bias, sink, intervals, key_bits, cu_seqlens_q, cu_seqlens_k, start_q,
+      start_k, seqused_q, seqused_k, page_table, seed;
+  std::int64_t left, right, chunk;
+  double scale, softcap, dropout_p;
+  std::int64_t max_seqlen_q, max_seqlen_k;
+};
+constexpr const char* kFields =
+    "Tensor? bias, Tensor? sink, Tensor? intervals, Tensor? key_bits, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? start_q, Tensor? start_k, Tensor? seqused_q, "
+    "Tensor? seqused_k, Tensor? page_table, Tensor? seed, int left, int right, int chunk, "
+    "float scale, float softcap, float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k";
+
+// -1 is unbounded; what no int holds is refused with the nearest one.
+int band_limit(std::int64_t limit) {
+  if (limit == -1 || limit > kUnbounded) return kUnbounded;
+  return static_cast<int>(std::max<std::int64_t>(limit, std::numeric_limits<int>::min()));
+}
+
+// A forward problem together with the tensors that it points into.
+class Problem {
+ public:
+  Problem(const Tensor& q, const Tensor& k, const Tensor& v, const Fields& fields)
+      : q_(with_unit_stride(q)), k_(with_unit_stride(k)), v_(with_unit_stride(v)) {
+    check_device("k", k, q);
+    check_device("v", v, q);
+    problem_.q = view_of("q", q_);
+    problem_.k = view_of("k", k_);
+    problem_.v = view_of("v", v_);
+    set_scalars(fields);
+    set_sequences(fields);
+    set_intervals(fields);
+    set_bias(fields);
+    set_sink(fields);
+    seed_ = Array("seed", fields.seed, q_, dtype_codes().int64, "[1]", {{1}});
+    problem_.dropout.seed = seed_.data<std::uint64_t>();
+  }
+
+  ForwardProblem& operator*() { return problem_; }
+  ForwardProblem* operator->() { return &problem_; }
+  const Tensor& q() const { return q_; }
+  const Tensor& k() const { return k_; }
+  const Tensor& v() const { return v_; }
+
+  // Shapes of the results; the last one is also that of out's gradient.
+  std::array<std::int64_t, 4> out_shape() const {
+    std::array<std::int64_t, 4> shape = problem_.q.shape;
+    shape[rank() - 1] = problem_.v.head_dim();
+    return shape;
+  }
+  std::array<std::int64_t, 3> lse_shape() const {
+    const ConstTensorView& q = problem_.q;
+    if (q.rank == 3) return {q.heads(), q.seqlen(), 0};
+    return {q.batch(), q.heads(), q.seqlen()};
+  }
+  std::size_t rank() const { return static_cast<std::size_t>(problem_.q.rank); }
+
+ private:
+  void set_scalars(const Fields& f) {
+    problem_.band = {.left = band_limit(f.left), .right = band_limit(f.right)};
+    problem_.band.chunk = static_cast<int>(
+        std::clamp<std::int64_t>(f.chunk, std::numeric_limits<int>::min(), kUnbounded));
+    problem_.score = {.scale = static_cast<float>(f.scale),
+                      .softcap = static_cast<float>(f.softcap)};
+    problem_.dropout.probability = static_cast<float>(f.dropout_p);
+    problem_.sequences.max_seqlen_q = f.max_seqlen_q == -1 ? 0 : f.max_seqlen_q;
+    problem_.sequences.max_seqlen_k = f.max_seqlen_k == -1 ? 0 : f.max_seqlen_k;
+  }
+
+  void set_sequences(const Fields& f) {
+    Sequences& s = problem_.sequences;
+    const auto array = [&](const char* name, const std::optional<Tensor>& tensor,
+                           const char* meaning, std::initializer_list<std::int64_t> shape) {
+      return Array(name, tensor, q_, dtype_codes().int32, meaning, {shape});
+    };
+    if (problem_.q.rank == 4) {
+      batch_ = problem_.q.batch();
+    } else if (f.cu_seqlens_q) {
+      cu_seqlens_q_ = array("cu_seqlens_q", f.cu_seqlens_q, "[batch + 1]", {Array::kAny});
+      batch_ = cu_seqlens_q_.extent(0) - 1;
+      if (batch_ < 0) raise(invalid("cu_seqlens_q.shape = [0] must be [batch + 1]"));
+      s.batch = batch_;
+    }
+    const std::int64_t ends = batch_ == Array::kAny ? Array::kAny : batch_ + 1;
+    cu_seqlens_q_ = array("cu_seqlens_q", f.cu_seqlens_q, "[batch + 1]", {ends});
+    cu_seqlens_k_ = array("cu_seqlens_k", f.cu_seqlens_k, "[batch + 1]", {ends});
+    start_q_ = array("start_q", f.start_q, "[batch]", {batch_});
+    start_k_ = array("start_k", f.start_k, "[batch]", {batch_});
+    seqused_q_ = array("seqused_q", f.seqused_q, "[batch]", {batch_});
+    seqused_k_ = array("seqused_k", f.seqused_k, "[batch]", {batch_});
+    page_table_ = array("page_table", f.page_table, "[batch, max_pages]", {batch_, Array::kAny});
+    s.cu_seqlens_q = cu_seqlens_q_.data<std::int32_t>();
+    s.cu_seqlens_k = cu_seqlens_k_.data<std::int32_t>();
+    s.start_q = start_q_.data<std::int32_t>();
+    s.start_k = start_k_.data<std::int32_t>();
+    s.seqused_q = seqused_q_.data<std::int32_t>();
+    s.seqused_k = seqused_k_.data<std::int32_t>();
+    problem_.paged.page_table = page_table_.data<std::int32_t>();
+    if (page_table_) problem_.paged.max_pages = page_table_.extent(1);
+  }
+
+  void set_intervals(const Fields& f) {
+    KeyIntervals& at = problem_.intervals;
+    const std::int64_t rows = problem_.q.seqlen();
+    const auto int32 = dtype_codes().int32;
+    intervals_ = problem_.q.rank == 3
+                     ? Array("intervals", f.intervals, q_, int32, "[total_q, 2]", {{rows, 2}})
+                     : Array("intervals", f.intervals, q_, int32, "[batch or 1, seqlen_q, 2]",
+                             {{batch_, rows, 2}, {1, rows, 2}});
+    key_bits_ = Array("key_bits", f.key_bits, q_, int32, "[batch or 1, words]",
+                      {{batch_, Array::kAny}, {1, Array::kAny}});
+    at.rows = intervals_.data<std::int32_t>();
+    at.bits = key_bits_.data<std::uint32_t>();
+    if (intervals_ && problem_.q.rank == 4) at.rows_batch_stride = intervals_.batch_stride();
+    if (key_bits_) {
+      at.bits_batch_stride = key_bits_.batch_stride();
+      at.bits_words = key_bits_.extent(1);
+    }
+  }
+
+  void set_bias(const Fields& f) {
+    if (!f.bias) return;
+    check_device("bias", *f.bias, q_);
+    if (f.bias->dim() != 4)
+      raise(invalid("bias.rank = ", f.bias->dim(),
+                    " must be 4, [batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k]"));
+    bias_ = with_unit_stride(*f.bias);
+    problem_.bias = view_of("bias", *bias_);
+  }
+
+  void set_sink(const Fields& f) {
+    if (!f.sink) return;
+    const std::int32_t code = dtype_code(*f.sink);
+    const DTypeCodes& codes = dtype_codes();
+    const bool is_float =
+        code == codes.bf16 || code == codes.f16 || code == codes.f32 || code == codes.f64;
+    const std::optional<Tensor> sink = is_float ? cast(*f.sink, codes.f32) : *f.sink;
+    sink_ = Array("sink", sink, q_, codes.f32, "[heads_q]", {{problem_.q.heads()}});
+    problem_.sink = sink_.data<float>();
+  }
+
+  ForwardProblem problem_;
+  std::int64_t batch_ = Array::kAny;
+  Tensor q_, k_, v_;
+  std::optional<Tensor> bias_;
+  Array sink_, intervals_, key_bits_, cu_seqlens_q_, cu_seqlens_k_, start_q_, start_k_, seqused_q_,
+      seqused_k_, page_table_, seed_;
+};
+
+// Where the tensors' device computes.
+struct Target {
+  Device device;
+  Queue queue;
+};
+
+Target target_of(const Tensor& q) {
+  if (device_type(q) != aoti_torch_device_type_cpu())
+    raise(unsupported("q.device = cuda must be cpu: this build has no CUDA kernels"));
+  static TorchExecutor executor;
+  static const Result<Device> cpu = Device::cpu();
+  check(cpu.status());
+  Target target{.device = *cpu, .queue = executor};
+  target.device.units = executor.concurrency();
+  return target;
+}
+
+template <class AnyProblem>
+void plan_and_run(const AnyProblem& problem, const Tensor& q) {
+  const Target target = target_of(q);
+  const Result<Plan> chosen = plan(problem, target.device);
+  if (!chosen.ok()) raise(chosen.status());
+  std::optional<Tensor> scratch;
+  Workspace workspace{.bytes = chosen->workspace_bytes};
+  if (workspace.bytes > 0) {
+    const std::int64_t bytes = static_cast<std::int64_t>(workspace.bytes);
+    scratch = empty({&bytes, 1}, aoti_torch_dtype_uint8(), q);
+    workspace.data = scratch->mutable_data_ptr();
+  }
+  check(run(*chosen, problem, workspace, target.queue));
+}
+
+void forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  Arguments arguments(stack);
+  const auto q = arguments.take<Tensor>(), k = arguments.take<Tensor>(),
+             v = arguments.take<Tensor>();
+  const Fields fields(arguments);
+
+  Problem problem(q, k, v, fields);
+  const auto out_shape = problem.out_shape();
+  const auto lse_shape = problem.lse_shape();
+  const Tensor out = empty({out_shape.data(), problem.rank()}, dtype_code(q), q);
+  const Tensor lse = empty({lse_shape.data(), problem.rank() - 1}, dtype_codes().f32, q);
+  problem->out = mutable_view_of("out", out);
+  problem->lse = static_cast<float*>(lse.mutable_data_ptr());
+  plan_and_run(*problem, q);
+
+  stack[0] = torch::stable::detail::from(out);
+  stack[1] = torch::stable::detail::from(lse);
+}
+
+// The gradient of an optional argument: f32 while it is computed, its argument's dtype in the end.
+class Gradient {
+ public:
+  Gradient(const std::optional<Tensor>& of, bool wanted, const Tensor& q) {
+    const std::int64_t none = 0;
+    wanted_ = of && wanted && dtype_code(*of) != dtype_codes().boolean;
+    dtype_ = wanted_ ? dtype_code(*of) : dtype_codes().f32;
+    tensor_ = empty(wanted_ ? shape_of(*of) : Shape(&none, 1), dtype_codes().f32, q);
+  }
+
+  bool wanted() const { return wanted_; }
+  const Tensor& tensor() const { return *tensor_; }
+  Tensor result() const { return cast(*tensor_, dtype_); }
+
+ private:
+  bool wanted_;
+  std::int32_t dtype_;
+  std::optional<Tensor> tensor_;
+};
+
+void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  Arguments arguments(stack);
+  const auto dout = arguments.take<Tensor>();
+  const auto dlse = arguments.optional_tensor();
+  const auto q = arguments.take<Tensor>(), k = arguments.take<Tensor>(),
+             v = arguments.take<Tensor>(), out = arguments.take<Tensor>(),
+             lse = arguments.take<Tensor>();
+  const Fields fields(arguments);
+  const bool want_dbias = arguments.take<bool>(), want_dsink = arguments.take<bool>();
+
+  Problem forward_problem(q, k, v, fields);
+  const Tensor dq = empty(shape_of(q), dtype_code(q), q);
+  const Tensor dk = empty(shape_of(k), dtype_code(k), q);
+  const Tensor dv = empty(shape_of(v), dtype_code(v), q);
+  const Gradient dbias(fields.bias, want_dbias, q), dsink(fields.sink, want_dsink, q);
+
+  check_device("dout", dout, q);
+  check_device("out", out, q);
+  const Tensor dout_rows = with_unit_stride(dout), out_rows = with_unit_stride(out);
+  const bool packed = forward_problem.rank() == 3;
+  const auto [first, second, third] = forward_problem.lse_shape();
+  const auto row_values = [&](const char* name, const std::optional<Tensor>& tensor) {
+    const auto f32 = dtype_codes().f32;
+    return packed ? Array(name, tensor, q, f32, "[heads_q, total_q]", {{first, second}})
+                  : Array(name, tensor, q, f32, "[batch, heads_q, seqlen_q]",
+                          {{first, second, third}});
+  };
+  const Array lse_values = row_values("lse", lse), dlse_values = row_values("dlse", dlse);
+  const ConstTensorView out_view = view_of("out", out_rows);
+  forward_problem->out = {const_cast<void*>(out_view.data), out_view.dtype, out_view.rank,
+                          out_view.shape, out_view.stride};
+  forward_problem->lse = const_cast<float*>(lse_values.data<float>());
+
+  BackwardProblem problem;
+  problem.forward = *forward_problem;
+  problem.dout = view_of("dout", dout_rows);
+  problem.dlse = dlse_values.data<float>();
+  problem.dq = mutable_view_of("dq", dq);
+  problem.dk = mutable_view_of("dk", dk);
+  problem.dv = mutable_view_of("dv", dv);
+  if (dbias.wanted()) problem.dbias = mutable_view_of("dbias", dbias.tensor());
+  if (dsink.wanted()) problem.dsink = static_cast<float*>(dsink.tensor().mutable_data_ptr());
+  plan_and_run(problem, q);
+
+  stack[0] = torch::stable::detail::from(dq);
+  stack[1] = torch::stable::detail::from(dk);
+  stack[2] = torch::stable::detail::from(dv);
+  stack[3] = torch::stable::detail::from(dbias.result());
+  stack[4] = torch::stable::detail::from(dsink.result());
+}
+
+// For `python -m heed`: one line "kernel<tab>reason" per row of the table, best first, without a reason
+// where the kernel runs on this machine; before them "isa<tab>name".
+void kernels(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const Result<Device> cpu = Device::cpu();
+  check(cpu.status());
+  std::string text = concat("isa\t", name_of(cpu->arch), "\n");
+  for (const KernelRow& row : registry()) {
+    const Request request{.pass = row.pass, .dtype = row.dtype, .arch = cpu->arch, .head_dim = 1,
+                          .query_rows = 1, .force = std::getenv("HEED_FORCE_KERNEL")};
+    const Mismatch why = mismatch(row, request);
+    text += name_of(row) + "\t";
+    if (why != Mismatch::none) text += describe(why, row, request);
+    text += "\n";
+  }
+  stack[0] = torch::stable::detail::from(text);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(heed, m) {
+  m.def(concat("forward(Tensor q, Tensor k, Tensor v, ", kFields, ") -> (Tensor out, Tensor lse)")
+            .c_str());
+  m.def(concat("backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+               "Tensor lse, ", kFields, ", bool want_dbias=True, bool want_dsink=True) -> "
+               "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
+            .c_str());
+  m.def("kernels() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(heed, CPU, m) {
+  m.impl("forward", &forward);
+  m.impl("backward", &backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(heed, CUDA, m) {
+  m.impl("forward", &forward);
+  m.impl("backward", &backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(heed, CompositeExplicitAutograd, m) {
+  m.impl("kernels", &kernels);
+}
+
+}  // namespace heed::operators
