@@ -44,8 +44,9 @@ namespace {
 
 // x86 sets contain each other in the order of the enumeration; NEON stands alone.
 bool serves(Arch row, Arch device) {
-  if (row == device || row == Arch::reference) return true;
-  if (device >= Arch::sm80) return row >= Arch::sm80 && row <= device;
+  if (row == device) return true;
+  if (device >= Arch::sm80) return row >= Arch::sm80 && row < device;
+  if (row == Arch::reference) return true;
   if (device == Arch::neon) return row == Arch::scalar;
   return row < device;
 }

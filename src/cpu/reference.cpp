@@ -59,7 +59,7 @@ Rounding rounding_of(const KernelRow& row) {
   r.accumulate = 0x1p-24;
   r.exp_ulp = 2;
   r.tanh_ulp = 4;
-  r.flush = row.operand == DType::f16 ? 0x1p-24 : 0x1p-126;
+  r.flush = row.operand == DType::f16 ? 0x1p-24 : 0x1p-125;
   return r;
 }
 
@@ -446,6 +446,7 @@ struct Reference {
 
   // The gradient of the score of one row and key.
   struct Gradient {
+    double probability;      // P
     double weight;           // keep * P
     double weight_variance;
     double dbias;            // dS
@@ -463,6 +464,7 @@ struct Reference {
     const double kept = keep(at, head, row, s.key);
     const double dprobability = kept * gv.value;
     Gradient g;
+    g.probability = probability;
     g.weight = probability * kept;
     g.weight_variance = weight_variance(g.weight, s);
     g.dbias = probability * (dprobability - stats.delta);
@@ -532,9 +534,6 @@ struct Reference {
     if (dbias) put_dbias(dbias);
     if (dsink != nullptr || expected_dsink.value != nullptr) put_dsink(dsink, expected_dsink);
   }
-
-  // Relative variance that a row's lse brings to everything computed with its P.
-  double lse_variance(const RowStats& stats) const { return stats.lse_variance; }
 
   void put_dq(const Target<T>& dq, const SequenceSlice& at, std::int64_t head, int row) const {
     if (!dq) return;
@@ -613,8 +612,8 @@ struct Reference {
                   const RowStats& stats = stats_at(at, head, row);
                   const Gradient g =
                       gradient(at, head, row, logit(at, head, row, static_cast<int>(key)), stats);
-                  const double probability_squared = square(g.per_delta) * stats.delta_variance;
-                  sum.add(g.dbias, g.dbias_variance + probability_squared +
+                  sum.add(g.dbias, g.dbias_variance +
+                                       square(g.probability) * stats.delta_variance +
                                        square(g.dbias) * stats.lse_variance);
                 }
               }

@@ -16,7 +16,8 @@ namespace heed::operators {
 namespace {
 
 // The fields of the C++ problem as the operators call them.
-constexpr std::array<std::pair<std::string_view, std::string_view>, 10> kOperatorNames{{
+constexpr std::array<std::pair<std::string_view, std::string_view>, 11> kOperatorNames{{
+    {"intervals.bits_words", "key_bits.shape[1]"},
     {"intervals.rows", "intervals"},
     {"intervals.bits", "key_bits"},
     {"paged.max_pages", "page_table.shape[1]"},
