@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace heed {
 
@@ -68,20 +69,36 @@ struct ConstTensorView : BasicTensorView<const void*> {
       : BasicTensorView{view.data, view.dtype, view.rank, view.shape, view.stride} {}
 };
 
-// Row-major views of densely stored tensors.
-constexpr TensorView contiguous(void* data, DType dtype, std::array<std::int64_t, 4> shape) {
-  return {data, dtype, 4, shape,
-          {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1}};
+namespace detail {
+constexpr TensorView contiguous(void* data, DType dtype, const std::int64_t* shape, int rank) {
+  TensorView view{data, dtype, rank, {}, {}};
+  if (rank > 4) return view;  // refused by validate()
+  std::int64_t stride = 1;
+  for (int d = rank - 1; d >= 0; --d) {
+    view.shape[d] = shape[d];
+    view.stride[d] = stride;
+    stride *= shape[d];
+  }
+  return view;
 }
-constexpr TensorView contiguous(void* data, DType dtype, std::array<std::int64_t, 3> shape) {
-  return {data, dtype, 3, {shape[0], shape[1], shape[2], 0}, {shape[1] * shape[2], shape[2], 1, 0}};
+}  // namespace detail
+
+// Row-major views of densely stored tensors, of rank 3 or 4.
+constexpr TensorView contiguous(void* data, DType dtype, std::initializer_list<std::int64_t> shape) {
+  return detail::contiguous(data, dtype, shape.begin(), static_cast<int>(shape.size()));
 }
 constexpr ConstTensorView contiguous(const void* data, DType dtype,
-                                     std::array<std::int64_t, 4> shape) {
+                                     std::initializer_list<std::int64_t> shape) {
   return contiguous(const_cast<void*>(data), dtype, shape);
 }
+template <std::size_t kRank>
+constexpr TensorView contiguous(void* data, DType dtype,
+                                const std::array<std::int64_t, kRank>& shape) {
+  return detail::contiguous(data, dtype, shape.data(), static_cast<int>(kRank));
+}
+template <std::size_t kRank>
 constexpr ConstTensorView contiguous(const void* data, DType dtype,
-                                     std::array<std::int64_t, 3> shape) {
+                                     const std::array<std::int64_t, kRank>& shape) {
   return contiguous(const_cast<void*>(data), dtype, shape);
 }
 
