@@ -360,6 +360,13 @@ struct Reference {
     return count;
   }
 
+  // What the sink's own exponential adds to the relative variance of a row's sum.
+  double sink_variance(std::int64_t head, double lse) const {
+    const double sink = sink_of(head);
+    if (sink == kNothing) return 0;
+    return square(std::exp(sink - lse) * w) * (2 * square(sink) + square(rounding.exp_ulp));
+  }
+
   // Logarithm of the sum of the row's exponentials, and its variance.
   RowStats softmax(std::int64_t head, int count) const {
     const double sink = sink_of(head);
@@ -372,7 +379,7 @@ struct Reference {
     double variance = square(w) * (square(lse) + square(max) + 4) + rho(0x1p-24) * square(lse);
     for (int i = 0; i < count; ++i)
       variance += square(std::exp(scratch.logits[i].value - lse)) * scratch.logits[i].variance;
-    if (sink != kNothing) variance += square(std::exp(sink - lse) * w * sink);
+    variance += sink_variance(head, lse);
     return {.lse = lse, .lse_variance = variance, .delta = 0, .delta_variance = 0};
   }
 
@@ -394,8 +401,8 @@ struct Reference {
   }
 
   // The part of out's relative variance that comes from the row's normaliser.
-  double normaliser_variance(int count, const RowStats& stats) const {
-    double variance = 4 * square(w);
+  double normaliser_variance(std::int64_t head, int count, const RowStats& stats) const {
+    double variance = 4 * square(w) + sink_variance(head, stats.lse);
     for (int i = 0; i < count; ++i)
       variance += square(std::exp(scratch.logits[i].value - stats.lse)) * scratch.logits[i].variance;
     return variance;
@@ -417,7 +424,7 @@ struct Reference {
                   size, lse, expected);
           if (count == 0) continue;
           accumulate_out(at, head, row, count, stats);
-          const double normaliser = normaliser_variance(count, stats);
+          const double normaliser = normaliser_variance(head, count, stats);
           for (std::int64_t c = 0; c < p.v.head_dim(); ++c) {
             const double value = scratch.sums.value[c];
             out.put(at.q.batch, at.q.token + row, head, c, value,

@@ -36,14 +36,25 @@ class Arguments {
 // What both operators take from `bias` on.
 struct Fields {
   explicit Fields(Arguments& a)
-      : bias(a.optional_tensor()), sink(a.optional_tensor()), intervals(a.optional_tensor()),
-        key_bits(a.optional_tensor()), cu_seqlens_q(a.optional_tensor()),
-        cu_seqlens_k(a.optional_tensor()), start_q(a.optional_tensor()),
-        start_k(a.optional_tensor()), seqused_q(a.optional_tensor()),
-        seqused_k(a.optional_tensor()), page_table(a.optional_tensor()),
-        seed(a.optional_tensor()), left(a.take<std::int64_t>()), right(a.take<std::int64_t>()),
-        chunk(a.take<std::int64_t>()), scale(a.take<double>()), softcap(a.take<double>()),
-        dropout_p(a.take<double>()), max_seqlen_q(a.take<std::int64_t>()),
+      : bias(a.optional_tensor()),
+        sink(a.optional_tensor()),
+        intervals(a.optional_tensor()),
+        key_bits(a.optional_tensor()),
+        cu_seqlens_q(a.optional_tensor()),
+        cu_seqlens_k(a.optional_tensor()),
+        start_q(a.optional_tensor()),
+        start_k(a.optional_tensor()),
+        seqused_q(a.optional_tensor()),
+        seqused_k(a.optional_tensor()),
+        page_table(a.optional_tensor()),
+        seed(a.optional_tensor()),
+        left(a.take<std::int64_t>()),
+        right(a.take<std::int64_t>()),
+        chunk(a.take<std::int64_t>()),
+        scale(a.take<double>()),
+        softcap(a.take<double>()),
+        dropout_p(a.take<double>()),
+        max_seqlen_q(a.take<std::int64_t>()),
         max_seqlen_k(a.take<std::int64_t>()) {}
 
   std::optional<Tensor> bias, sink, intervals, key_bits, cu_seqlens_q, cu_seqlens_k, start_q,
@@ -285,12 +296,12 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   check_device("out", out, q);
   const Tensor dout_rows = with_unit_stride(dout), out_rows = with_unit_stride(out);
   const bool packed = forward_problem.rank() == 3;
-  const auto [first, second, third] = forward_problem.lse_shape();
+  const auto rows = forward_problem.lse_shape();
   const auto row_values = [&](const char* name, const std::optional<Tensor>& tensor) {
     const auto f32 = dtype_codes().f32;
-    return packed ? Array(name, tensor, q, f32, "[heads_q, total_q]", {{first, second}})
+    return packed ? Array(name, tensor, q, f32, "[heads_q, total_q]", {{rows[0], rows[1]}})
                   : Array(name, tensor, q, f32, "[batch, heads_q, seqlen_q]",
-                          {{first, second, third}});
+                          {{rows[0], rows[1], rows[2]}});
   };
   const Array lse_values = row_values("lse", lse), dlse_values = row_values("dlse", dlse);
   const ConstTensorView out_view = view_of("out", out_rows);
@@ -316,15 +327,19 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[4] = torch::stable::detail::from(dsink.result());
 }
 
-// For `python -m heed`: one line "kernel<tab>reason" per row of the table, best first, without a reason
-// where the kernel runs on this machine; before them "isa<tab>name".
+// For `python -m heed`: "isa<tab>name", then a line "kernel<tab>reason" per row of the table, best
+// first; the reason is empty where the kernel runs on this machine.
 void kernels(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const Result<Device> cpu = Device::cpu();
   check(cpu.status());
   std::string text = concat("isa\t", name_of(cpu->arch), "\n");
   for (const KernelRow& row : registry()) {
-    const Request request{.pass = row.pass, .dtype = row.dtype, .arch = cpu->arch, .head_dim = 1,
-                          .query_rows = 1, .force = std::getenv("HEED_FORCE_KERNEL")};
+    const Request request{.pass = row.pass,
+                          .dtype = row.dtype,
+                          .arch = cpu->arch,
+                          .head_dim = 1,
+                          .query_rows = 1,
+                          .force = std::getenv("HEED_FORCE_KERNEL")};
     const Mismatch why = mismatch(row, request);
     text += name_of(row) + "\t";
     if (why != Mismatch::none) text += describe(why, row, request);
@@ -339,7 +354,9 @@ STABLE_TORCH_LIBRARY(heed, m) {
   m.def(concat("forward(Tensor q, Tensor k, Tensor v, ", kFields, ") -> (Tensor out, Tensor lse)")
             .c_str());
   m.def(concat("backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-               "Tensor lse, ", kFields, ", bool want_dbias=True, bool want_dsink=True) -> "
+               "Tensor lse, ",
+               kFields,
+               ", bool want_dbias=True, bool want_dsink=True) -> "
                "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
             .c_str());
   m.def("kernels() -> str");
@@ -355,8 +372,6 @@ STABLE_TORCH_LIBRARY_IMPL(heed, CUDA, m) {
   m.impl("backward", &backward);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(heed, CompositeExplicitAutograd, m) {
-  m.impl("kernels", &kernels);
-}
+STABLE_TORCH_LIBRARY_IMPL(heed, CompositeExplicitAutograd, m) { m.impl("kernels", &kernels); }
 
 }  // namespace heed::operators

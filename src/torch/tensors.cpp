@@ -162,8 +162,8 @@ Tensor with_unit_stride(const Tensor& tensor) {
 void check_device(const char* name, const Tensor& tensor, const Tensor& q) {
   const std::int32_t type = device_type(tensor), index = device_index(tensor);
   if (type == device_type(q) && index == device_index(q)) return;
-  raise(invalid(name, ".device = ", device_name(type, index), " must be q.device = ",
-                device_name(device_type(q), device_index(q))));
+  raise(invalid(name, ".device = ", device_name(type, index),
+                " must be q.device = ", device_name(device_type(q), device_index(q))));
 }
 
 ConstTensorView view_of(const char* name, const Tensor& tensor) {

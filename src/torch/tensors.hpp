@@ -1,5 +1,5 @@
-// PyTorch tensors as heed's views and arrays. What the core cannot see is refused here: devices, foreign
-// dtypes, and the shapes of index arrays.
+// PyTorch tensors as heed's views and arrays. What the core cannot see is refused here: devices,
+// foreign dtypes, and the shapes of index arrays.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -18,8 +18,8 @@ namespace heed::operators {
 using torch::stable::Tensor;
 using Shape = std::span<const std::int64_t>;
 
-// Throws a std::runtime_error in the operators' names; its prefix tells python/heed/ops.py which exception
-// to make of it, because the stable ABI knows one kind only.
+// Throws a std::runtime_error in the operators' names. Python shows every exception of an operator
+// as a RuntimeError; the prefix tells python/heed/ops.py what to make of it.
 [[noreturn]] void raise(const Status& status);
 inline void check(const Status& status) {
   if (!status.ok()) raise(status);

@@ -1,4 +1,4 @@
-// bf16 and f16 conversions against the compiler's own f16 and against the definition of rounding.
+// Conversions of bf16 and f16: every value, every rounding boundary.
 #include "core/half.hpp"
 
 #include <gtest/gtest.h>
@@ -7,69 +7,108 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
+
+#include "support/random.hpp"
 
 namespace heed {
 namespace {
 
-TEST(Half, EveryF16SurvivesTheRoundTrip) {
-  for (std::uint32_t bits = 0; bits <= 0xFFFF; ++bits) {
-    const f16 x{static_cast<std::uint16_t>(bits)};
-    const float wide = to_float(x);
-    if (std::isnan(wide)) {
-      EXPECT_TRUE(std::isnan(to_float(from_float<f16>(wide)))) << bits;
-    } else {
-      EXPECT_EQ(from_float<f16>(wide).bits, x.bits) << bits;
+// The value of a float format with `exponent_bits` and `mantissa_bits`, by its definition.
+double decode(std::uint32_t bits, int exponent_bits, int mantissa_bits) {
+  const std::uint32_t mantissa = bits & ((1u << mantissa_bits) - 1);
+  const int exponent = static_cast<int>(bits >> mantissa_bits & ((1u << exponent_bits) - 1));
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const double sign = (bits >> (exponent_bits + mantissa_bits) & 1) != 0 ? -1 : 1;
+  if (exponent == (1 << exponent_bits) - 1)
+    return mantissa != 0 ? std::numeric_limits<double>::quiet_NaN()
+                         : sign * std::numeric_limits<double>::infinity();
+  const double fraction = std::ldexp(static_cast<double>(mantissa), -mantissa_bits);
+  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias);
+  return sign * std::ldexp(1 + fraction, exponent - bias);
+}
+
+struct Format {
+  int exponent_bits, mantissa_bits;
+  std::uint16_t (*encode)(float);
+  float (*to_float)(std::uint16_t);
+};
+constexpr Format kBf16{8, 7, [](float x) { return from_float<bf16>(x).bits; },
+                       [](std::uint16_t x) { return to_float(bf16{x}); }};
+constexpr Format kF16{5, 10, [](float x) { return from_float<f16>(x).bits; },
+                      [](std::uint16_t x) { return to_float(f16{x}); }};
+
+class Half : public testing::TestWithParam<const Format*> {};
+
+TEST_P(Half, EveryValueDecodesByDefinitionAndComesBack) {
+  const Format& f = *GetParam();
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const auto half = static_cast<std::uint16_t>(bits);
+    const double want = decode(bits, f.exponent_bits, f.mantissa_bits);
+    const float got = f.to_float(half);
+    if (std::isnan(want)) {
+      ASSERT_TRUE(std::isnan(got)) << bits;
+      ASSERT_TRUE(std::isnan(f.to_float(f.encode(got)))) << bits;
+      continue;
+    }
+    ASSERT_EQ(double{got}, want) << bits;
+    ASSERT_EQ(std::signbit(got), std::signbit(want)) << bits;
+    ASSERT_EQ(f.encode(got), half) << bits;
+  }
+}
+
+// Between two neighbours lies one boundary; ties go to the even one.
+TEST_P(Half, RoundsToNearestEvenAtEveryBoundary) {
+  const Format& f = *GetParam();
+  const std::uint32_t largest = (((1u << f.exponent_bits) - 1) << f.mantissa_bits) - 1;
+  for (std::uint32_t low = 0; low < largest; ++low) {
+    const float a = f.to_float(static_cast<std::uint16_t>(low));
+    const float b = f.to_float(static_cast<std::uint16_t>(low + 1));
+    const auto middle = static_cast<float>((double{a} + double{b}) / 2);  // exact: f32 has spare bits
+    for (const float sign : {1.f, -1.f}) {
+      const std::uint32_t sign_bit = sign < 0 ? 0x8000u : 0;
+      const auto expect = [&](float x, std::uint32_t want) {
+        ASSERT_EQ(f.encode(sign * x), static_cast<std::uint16_t>(sign_bit | want)) << x;
+      };
+      expect(std::nextafter(middle, a), low);
+      expect(middle, low % 2 == 0 ? low : low + 1);
+      expect(std::nextafter(middle, b), low + 1);
     }
   }
 }
 
-TEST(Half, EveryBf16SurvivesTheRoundTrip) {
-  for (std::uint32_t bits = 0; bits <= 0xFFFF; ++bits) {
-    const bf16 x{static_cast<std::uint16_t>(bits)};
-    const float wide = to_float(x);
-    if (std::isnan(wide)) {
-      EXPECT_TRUE(std::isnan(to_float(from_float<bf16>(wide)))) << bits;
-    } else {
-      EXPECT_EQ(from_float<bf16>(wide).bits, x.bits) << bits;
-    }
+TEST_P(Half, OverflowsToInfinityFromHalfASpacingAboveTheLargest) {
+  const Format& f = *GetParam();
+  const std::uint32_t infinity = ((1u << f.exponent_bits) - 1) << f.mantissa_bits;
+  const double largest = decode(infinity - 1, f.exponent_bits, f.mantissa_bits);
+  const double below = decode(infinity - 2, f.exponent_bits, f.mantissa_bits);
+  const auto boundary = static_cast<float>(largest + (largest - below) / 2);
+  EXPECT_EQ(f.encode(boundary), infinity);
+  EXPECT_EQ(f.encode(std::nextafter(boundary, 0.f)), infinity - 1);
+  EXPECT_EQ(f.encode(INFINITY), infinity);
+  EXPECT_EQ(f.encode(-INFINITY), infinity | 0x8000u);
+}
+
+TEST_P(Half, NanStaysQuietNan) {
+  const Format& f = *GetParam();
+  for (const std::uint32_t bits : {0x7F800001u, 0x7FC00000u, 0xFF800001u, 0xFFFFFFFFu, 0x7F80FFFFu})
+    EXPECT_TRUE(std::isnan(f.to_float(f.encode(std::bit_cast<float>(bits))))) << bits;
+}
+
+#if defined(__FLT16_MANT_DIG__)
+TEST(HalfAgainstTheCompiler, RandomFloats) {
+  test::Random random(7);
+  for (int i = 0; i < 2'000'000; ++i) {
+    const auto x = std::bit_cast<float>(static_cast<std::uint32_t>(random.next()));
+    if (std::isnan(x)) continue;
+    const auto want = std::bit_cast<std::uint16_t>(static_cast<_Float16>(x));
+    ASSERT_EQ(from_float<f16>(x).bits, want) << x;
   }
 }
+#endif
 
-TEST(Half, F16ValuesAreTheirDefinition) {
-  EXPECT_EQ(to_float(f16{0x0001}), 0x1p-24f);
-  EXPECT_EQ(to_float(f16{0x03FF}), 1023 * 0x1p-24f);
-  EXPECT_EQ(to_float(f16{0x0400}), 0x1p-14f);
-  EXPECT_EQ(to_float(f16{0x3C00}), 1.f);
-  EXPECT_EQ(to_float(f16{0xC100}), -2.5f);
-  EXPECT_EQ(to_float(f16{0x7BFF}), 65504.f);
-  EXPECT_EQ(to_float(f16{0x7C00}), std::numeric_limits<float>::infinity());
-}
-
-// Between two neighbours of the narrow type: the nearer one, and at the middle the even one.
-template <class T>
-void expect_nearest_even(std::uint16_t bits) {
-  const float low = to_float(T{bits});
-  const float high = to_float(T{static_cast<std::uint16_t>(bits + 1)});
-  const float middle = low + (high - low) / 2;
-  const auto even = static_cast<std::uint16_t>(bits % 2 == 0 ? bits : bits + 1);
-  EXPECT_EQ(from_float<T>(middle).bits, even) << bits;
-  EXPECT_EQ(from_float<T>(std::nextafter(middle, low)).bits, bits) << bits;
-  EXPECT_EQ(from_float<T>(std::nextafter(middle, high)).bits, bits + 1) << bits;
-  EXPECT_EQ(from_float<T>(-middle).bits, even | 0x8000) << bits;
-}
-
-TEST(Half, RoundsToNearestEvenBetweenAllNeighbours) {
-  for (std::uint16_t bits = 0; bits < 0x7BFF; ++bits) expect_nearest_even<f16>(bits);
-  // The lowest bf16 are f32 subnormals too, where the middle still exists in f32.
-  for (std::uint16_t bits = 0; bits < 0x7F7F; ++bits) expect_nearest_even<bf16>(bits);
-}
-
-TEST(Half, OverflowsToInfinityPastTheLastMiddle) {
-  EXPECT_EQ(from_float<f16>(65519.99f).bits, 0x7BFF);
-  EXPECT_EQ(from_float<f16>(65520.f).bits, 0x7C00);
-  EXPECT_EQ(from_float<f16>(-1e30f).bits, 0xFC00);
-  EXPECT_EQ(from_float<bf16>(std::numeric_limits<float>::max()).bits, 0x7F80);
-}
+INSTANTIATE_TEST_SUITE_P(Formats, Half, testing::Values(&kBf16, &kF16),
+                         [](const auto& format) { return format.param == &kBf16 ? "bf16" : "f16"; });
 
 }  // namespace
 }  // namespace heed

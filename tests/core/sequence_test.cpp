@@ -1,72 +1,64 @@
-// Where an entry's tokens are, for every layout, and that no content leads outside the tensor.
+// Where tokens are, in every layout, for good arrays and for nonsense.
 #include "core/sequence.hpp"
 
 #include <gtest/gtest.h>
 
-#include <array>
-#include <cstdint>
+#include <limits>
+
+#include "support/problem.hpp"
+#include "support/shapes.hpp"
 
 namespace heed {
 namespace {
 
-TEST(SideSlice, DenseIsTheWholeRow) {
-  const SideSlice at = side_slice(3, 10, nullptr, nullptr, nullptr, 0);
-  EXPECT_EQ(at.batch, 3);
-  EXPECT_EQ(at.token, 0);
-  EXPECT_EQ(at.length, 10);
-  EXPECT_EQ(at.slot, 0);
+void expect_same(const SideSlice& got, const SideSlice& want) {
+  EXPECT_EQ(got.batch, want.batch);
+  EXPECT_EQ(got.token, want.token);
+  EXPECT_EQ(got.length, want.length);
+  EXPECT_EQ(got.slot, want.slot);
 }
 
-TEST(SideSlice, PackedIsBetweenTwoOffsets) {
-  const std::array<std::int32_t, 4> cu{0, 4, 4, 9};
-  const std::array<std::int32_t, 3> used{3, 0, 7};
-  EXPECT_EQ(side_slice(0, 9, cu.data(), nullptr, nullptr, 0).length, 4);
-  EXPECT_EQ(side_slice(1, 9, cu.data(), nullptr, nullptr, 0).length, 0);
-  const SideSlice last = side_slice(2, 9, cu.data(), nullptr, nullptr, 0);
-  EXPECT_EQ(last.batch, 0);
-  EXPECT_EQ(last.token, 4);
-  EXPECT_EQ(last.length, 5);
-  EXPECT_EQ(last.slot, 0);
-  EXPECT_EQ(side_slice(0, 9, cu.data(), nullptr, used.data(), 0).length, 3);
-  EXPECT_EQ(side_slice(2, 9, cu.data(), nullptr, used.data(), 0).length, 5);
-  EXPECT_EQ(side_slice(2, 9, cu.data(), nullptr, nullptr, 2).length, 2);
+TEST(Sequence, SlicesOfEveryLayoutAreWhereTheTokensWerePut) {
+  for (std::uint64_t seed = 0; seed < 300; ++seed) {
+    const test::Problem problem(test::random_shape(seed, 300), DType::f32, seed);
+    SCOPED_TRACE(describe(problem.shape));
+    ASSERT_EQ(batch_entries(problem.forward), static_cast<std::int64_t>(problem.q_slices.size()));
+    for (std::size_t e = 0; e < problem.q_slices.size(); ++e) {
+      const SequenceSlice at = slice_of(problem.forward, static_cast<int>(e));
+      EXPECT_EQ(at.entry, static_cast<int>(e));
+      expect_same(at.q, problem.q_slices[e]);
+      expect_same(at.k, problem.k_slices[e]);
+      EXPECT_LE(at.q.length, max_seqlen_q(problem.forward));
+      EXPECT_LE(at.k.length, max_seqlen_k(problem.forward));
+      EXPECT_EQ(at.diagonal(), at.k.length - at.q.length);
+    }
+  }
 }
 
-TEST(SideSlice, PaddedStartsAtItsSlot) {
-  const std::array<std::int32_t, 2> start{3, 0};
-  const std::array<std::int32_t, 2> used{2, 5};
-  const SideSlice left = side_slice(0, 8, nullptr, start.data(), nullptr, 0);
-  EXPECT_EQ(left.token, 3);
-  EXPECT_EQ(left.slot, 3);
-  EXPECT_EQ(left.length, 5);
-  EXPECT_EQ(side_slice(0, 8, nullptr, start.data(), used.data(), 0).length, 2);
-  EXPECT_EQ(side_slice(1, 8, nullptr, start.data(), used.data(), 0).length, 5);
-}
-
-TEST(SideSlice, NoContentLeadsOutside) {
-  const std::array<std::int32_t, 7> values{INT32_MIN, -1, 0, 3, 8, 9, INT32_MAX};
-  for (const std::int32_t a : values)
-    for (const std::int32_t b : values)
-      for (const std::int32_t u : values) {
-        const std::array<std::int32_t, 2> cu{a, b};
-        for (const SideSlice& at : {side_slice(0, 8, cu.data(), nullptr, &u, 0),
-                                    side_slice(0, 8, nullptr, &a, &u, 0)}) {
-          ASSERT_GE(at.token, 0);
-          ASSERT_GE(at.length, 0);
-          ASSERT_LE(at.token + at.length, 8);
+// No value of an index array leads outside the tensor.
+TEST(Sequence, NonsenseIsClamped) {
+  constexpr std::int32_t kLowest = std::numeric_limits<std::int32_t>::min();
+  constexpr std::int32_t kHighest = std::numeric_limits<std::int32_t>::max();
+  constexpr std::int32_t kValues[] = {kLowest, -1, 0, 3, 9, 10, 11, kHighest};
+  constexpr std::int64_t kRows = 10;
+  for (const std::int32_t a : kValues)
+    for (const std::int32_t b : kValues)
+      for (const std::int32_t used : kValues)
+        for (const std::int64_t most : {std::int64_t{0}, std::int64_t{4}}) {
+          const std::int32_t cu[] = {a, b};
+          for (const std::int32_t* seqused : {static_cast<const std::int32_t*>(nullptr), &used}) {
+            const SideSlice packed = side_slice(0, kRows, cu, nullptr, seqused, most);
+            const SideSlice padded = side_slice(0, kRows, nullptr, &a, seqused, most);
+            for (const SideSlice& at : {packed, padded}) {
+              ASSERT_GE(at.token, 0);
+              ASSERT_GE(at.length, 0);
+              ASSERT_LE(at.token + at.length, kRows);
+            }
+            if (most > 0) {
+              ASSERT_LE(packed.length, most);
+            }
+          }
         }
-      }
-}
-
-TEST(Lse, HasOneIndexPerRow) {
-  ForwardProblem p;
-  p.q = contiguous(static_cast<const void*>(nullptr), DType::f32, {2, 5, 3, 4});
-  SequenceSlice at;
-  at.q = {.batch = 1, .token = 2, .length = 3, .slot = 2};
-  EXPECT_EQ(lse_index(p, at, 2, 1), (1 * 3 + 2) * 5 + 3);
-  p.q = contiguous(static_cast<const void*>(nullptr), DType::f32, {9, 3, 4});
-  at.q = {.batch = 0, .token = 4, .length = 5, .slot = 0};
-  EXPECT_EQ(lse_index(p, at, 2, 1), 2 * 9 + 5);
 }
 
 }  // namespace

@@ -1,0 +1,213 @@
+"""Transformers' composed mask functions as one interval of keys per query row.
+
+Transformers describes a mask as a tree of small Python functions of (batch, head, query, key).
+Each function in `_LEAVES` leaves every query row one interval of keys, so a tree of them is read
+instead of evaluated: a few tensor operations of size [batch, seqlen], no value reaches the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# First and end position of the keys that a row sees, int64 [batch or 1, seqlen_q]; first >= end: none.
+Interval = tuple[Tensor, Tensor]
+
+_FAR = 1 << 40  # beyond every position
+_KEYS_PER_ROW = 64
+
+
+def encode(interval: Interval, valid: Tensor | None, batch: int) -> Tensor:
+    """Packs slot intervals and key validity [batch, seqlen_k] into int32 [batch, 1, rows, 2].
+
+    A 4-D tensor is "already prepared" for every model and moves and splits like any other; int32
+    tells it from a user's bool or float mask. The first seqlen_q rows are (first, end); with a
+    padding mask, each row after them holds the validity bits of 64 keys.
+    """
+    rows = torch.stack(torch.broadcast_tensors(*interval), dim=-1).to(torch.int32)
+    rows = rows.expand(batch, -1, -1)
+    if valid is not None:
+        rows = torch.cat((rows, _bits(valid)), dim=1)
+    return rows[:, None]
+
+
+def _bits(valid: Tensor) -> Tensor:
+    """Bit (key % 32) of word (key / 32), two int32 words a row: [batch, ceil(keys / 64), 2]."""
+    padded = functional.pad(valid, (0, -valid.shape[-1] % _KEYS_PER_ROW))
+    place = torch.arange(32, dtype=torch.int32, device=valid.device)
+    return (padded.unflatten(-1, (-1, 2, 32)).int() << place).sum(-1, dtype=torch.int32)
+
+
+def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor | None]:
+    """Splits a mask of `encode` into intervals [batch, seqlen_q, 2] and key bits [batch, words]."""
+    bit_rows = mask.shape[-2] - seqlen_q
+    if mask.shape[-1] != 2 or (bit_rows != 0 and bit_rows * _KEYS_PER_ROW < seqlen_k):
+        raise ValueError(
+            f"attention_mask = int32 {list(mask.shape)} is not a mask that heed made for "
+            f"{seqlen_q} queries and {seqlen_k} keys; a mask of your own must be a bool or float "
+            "tensor [batch, heads or 1, seqlen_q, seqlen_k]"
+        )
+    rows = mask[:, 0]
+    return rows[:, :seqlen_q], rows[:, seqlen_q:].flatten(1) if bit_rows else None
+
+
+def valid_keys(padding_mask: Tensor, kv_offset: int | Tensor, kv_length: int) -> Tensor:
+    """The padding mask of the key slots [batch, kv_length]; slots past its end are not valid."""
+    known = padding_mask.shape[-1]
+    position = torch.arange(kv_length, device=padding_mask.device) + kv_offset
+    return padding_mask[:, position.clamp(max=known - 1)] & (position < known)
+
+
+def slot_interval(
+    interval: Interval, valid: Tensor | None, kv_offset: int | Tensor, kv_length: int
+) -> Interval:
+    """From positions to key slots, without the slots before and after all valid keys."""
+    first, end = (bound - kv_offset for bound in interval)
+    if valid is None:
+        return first.clamp(min=0), end.clamp(max=kv_length)
+    before = valid.int().argmax(-1, keepdim=True)
+    after = valid.int().flip(-1).argmax(-1, keepdim=True)
+    return torch.maximum(first, before), torch.minimum(end, kv_length - after)
+
+
+def document_intervals(position_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Intervals int32 [1, seqlen, 2] of packed documents, each starting at the lowest position.
+
+    A mask of `encode` is cut to the documents; if it has padding, the row is one document.
+    """
+    position_ids = position_ids.reshape(1, -1)
+    starts = position_ids == position_ids.min()
+    rows = None
+    if mask is not None and mask.dtype == torch.int32:
+        rows, key_bits = decode(mask, *2 * position_ids.shape[-1:])
+        if key_bits is not None:
+            unpadded = _bits(torch.ones_like(starts)).flatten(1)
+            starts = starts & (key_bits[:, : unpadded.shape[1]] == unpadded).all()
+    document = starts.cumsum(-1)
+    ends = (
+        torch.searchsorted(document, document, out_int32=True),
+        torch.searchsorted(document, document, out_int32=True, right=True),
+    )
+    return torch.stack(ends if rows is None else intersect(ends, rows.unbind(-1)), dim=-1)
+
+
+def intersect(a: Interval, b: Interval) -> Interval:
+    """The keys in both intervals."""
+    return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
+
+
+def unite(a: Interval, b: Interval) -> Interval:
+    """The keys in either of two intervals that overlap, or of which one is empty."""
+    a_empty, b_empty = a[0] >= a[1], b[0] >= b[1]
+    first = torch.where(a_empty, b[0], torch.where(b_empty, a[0], torch.minimum(a[0], b[0])))
+    end = torch.where(a_empty, b[1], torch.where(b_empty, a[1], torch.maximum(a[1], b[1])))
+    return first, end
+
+
+def read_tree(function: Callable, query: Tensor, padding_mask: Tensor | None) -> Interval | None:
+    """The keys that `function` lets each position of `query` see, or None for an unknown tree.
+
+    Every leaf is empty or contains the query's own position, and so does every intersection and
+    union of leaves: two intervals that are not empty overlap, which is what `unite` needs.
+    """
+    name, free = name_and_closure(function)
+    if name in ("and_masks", "or_masks"):
+        parts = [read_tree(part, query, padding_mask) for part in free["mask_functions"]]
+        if any(part is None for part in parts):
+            return None
+        result = parts[0]
+        for part in parts[1:]:
+            result = intersect(result, part) if name == "and_masks" else unite(result, part)
+        return result
+    if name == "remap_positions_for_packed_sequence":
+        # Within a document, and it is intersected with one, position and slot differ by a constant.
+        position = free["position_ids"]
+        inner = read_tree(free["mask_function"], position, padding_mask)
+        return None if inner is None else tuple(bound + (query - position) for bound in inner)
+    leaf = _LEAVES.get((name, *sorted(free)))
+    return None if leaf is None else leaf(query, padding_mask, **free)
+
+
+def name_and_closure(function: Callable) -> tuple[str, dict]:
+    """Name and free variables of a function of Transformers' masking_utils; ("", {}) for others."""
+    if getattr(function, "__module__", "") != "transformers.masking_utils":
+        return "", {}
+    names = function.__code__.co_freevars
+    if not names:
+        return function.__qualname__, {}
+    if not hasattr(function, "__closure__"):  # inside torch.compile in older releases of PyTorch
+        return "", {}
+    cells = [cell.cell_contents for cell in function.__closure__]
+    return function.__qualname__.partition(".")[0], dict(zip(names, cells))
+
+
+def _causal(query: Tensor, padding_mask: Tensor | None) -> Interval:
+    return torch.full_like(query, -_FAR), query + 1
+
+
+def _bidirectional(query: Tensor, padding_mask: Tensor | None) -> Interval:
+    return torch.full_like(query, -_FAR), torch.full_like(query, _FAR)
+
+
+def _window(query: Tensor, padding_mask: Tensor | None, sliding_window: int) -> Interval:
+    return query - sliding_window + 1, torch.full_like(query, _FAR)
+
+
+def _two_sided_window(query: Tensor, padding_mask: Tensor | None, sliding_window: int) -> Interval:
+    return query - sliding_window, query + sliding_window + 1
+
+
+def _chunk(
+    query: Tensor,
+    padding_mask: Tensor | None,
+    chunk_size: int,
+    left_padding: Tensor | None = None,
+) -> Interval:
+    start = 0 if left_padding is None else left_padding[:, None]
+    first = (query - start) // chunk_size * chunk_size + start
+    return first, first + chunk_size
+
+
+def _document(query: Tensor, padding_mask: Tensor | None, packed_sequence_mask: Tensor) -> Interval:
+    counts = torch.ones_like(packed_sequence_mask, dtype=torch.bool)
+    return _run_of(packed_sequence_mask, counts, query)
+
+
+def _block(query: Tensor, padding_mask: Tensor | None, block_sequence_ids: Tensor) -> Interval:
+    counts = block_sequence_ids >= 0
+    in_block = counts.gather(-1, query.expand(counts.shape[0], -1))
+    if padding_mask is not None:
+        counts = counts & valid_keys(padding_mask, 0, counts.shape[-1])
+    first, end = _run_of(block_sequence_ids, counts, query)
+    return first, torch.where(in_block, end, first)
+
+
+def _run_of(ids: Tensor, counts: Tensor, query: Tensor) -> Interval:
+    """The run of equal ids [batch, positions] around each query: all keys of that id that count."""
+    run = functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0)).cumsum(-1)
+    low = torch.iinfo(ids.dtype).min
+    key, order = torch.where(counts, ids, low).sort(dim=-1, stable=True)
+    returns = (key.diff(dim=-1) == 0) & (run.gather(-1, order).diff(dim=-1) != 0) & (key[:, 1:] != low)
+    torch._assert_async(
+        ~returns.any(),
+        "block_sequence_ids: an id that returns after another id is no interval of keys; "
+        "load the model with attn_implementation='sdpa'",  # inductor puts no \ before a "
+    )
+    own = run.gather(-1, query.expand(ids.shape[0], -1))
+    return torch.searchsorted(run, own), torch.searchsorted(run, own, right=True)
+
+
+# By name and free variables, so that a function that changes in Transformers is no longer known.
+_LEAVES: dict[tuple[str, ...], Callable[..., Interval]] = {
+    ("causal_mask_function",): _causal,
+    ("bidirectional_mask_function",): _bidirectional,
+    ("sliding_window_overlay", "sliding_window"): _window,
+    ("sliding_window_bidirectional_overlay", "sliding_window"): _two_sided_window,
+    ("chunked_overlay", "chunk_size"): _chunk,
+    ("chunked_overlay", "chunk_size", "left_padding"): _chunk,
+    ("packed_sequence_mask_function", "packed_sequence_mask"): _document,
+    ("blockwise_overlay", "block_sequence_ids"): _block,
+}

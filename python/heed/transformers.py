@@ -1,0 +1,257 @@
+"""Registers the attention implementation "heed" in Transformers; importing this module does it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from heed import _masks, attention
+
+OLDEST, NEWEST, BEYOND = "4.53.0", "5.23.0", "6.0.0"
+
+try:
+    import transformers
+    from packaging.version import Version
+except ImportError as error:
+    raise ImportError(
+        f"heed.transformers needs Transformers {OLDEST} or newer: pip install transformers"
+    ) from error
+
+if not Version(OLDEST) <= Version(transformers.__version__) < Version(BEYOND):
+    raise ImportError(
+        f"transformers = {transformers.__version__} is not supported by heed: it must be {OLDEST} "
+        f"or newer and older than {BEYOND} (tested up to {NEWEST})"
+    )
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+
+# Arguments that change the result and that heed does not compute, each with the way out.
+_EAGER = 'load the model with attn_implementation="eager"'
+_SDPA = 'load the model with attn_implementation="sdpa"'
+_REFUSED = {
+    "output_attentions": _EAGER,
+    "head_mask": _EAGER,
+    "layer_head_mask": _EAGER,
+    "alibi": "add the slopes to a float attention_mask",
+    "attention_similarity": _EAGER,
+    "sinks": _EAGER,
+    "indices": _SDPA,
+    "block_indices": _SDPA,
+    "cache": _SDPA,
+    "block_table": _SDPA,
+}
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | Tensor | None = None,
+    max_length_k: int | Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attends from query to key and value [batch, heads, seqlen, head_dim].
+
+    `attention_mask` is what `key_interval_mask` returned or a bool or float mask [batch or 1,
+    heads or 1, seqlen_q or 1, seqlen_k] of the user. Returns [batch, seqlen_q, heads, head_dim_v].
+    """
+    _refuse(kwargs)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    problem = _visible(attention_mask, position_bias, query, key, is_causal, sliding_window)
+    problem |= {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "dropout_p": dropout}
+
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        return _packed_attention(query, key, value, *lengths, problem), None
+    if _may_be_packed(position_ids, attention_mask, query, key):
+        problem["intervals"] = _document_intervals(position_ids, attention_mask)
+    return attention(query, key, value, **problem), None
+
+
+def _refuse(arguments: dict) -> None:
+    for name, way_out in _REFUSED.items():
+        if arguments.get(name) is not None and arguments[name] is not False:
+            raise NotImplementedError(f'{name} is not supported by "heed": {way_out}')
+
+
+def _visible(
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool,
+    sliding_window: int | None,
+) -> dict:
+    """The arguments of `heed.attention` that say which keys a row sees, and the bias."""
+    seqlen_q, seqlen_k = query.shape[1], key.shape[1]
+    if mask is None:
+        reach = None if sliding_window is None else sliding_window - 1
+        return {"left": reach, "right": 0 if is_causal else reach, "bias": position_bias}
+    if mask.ndim == 4 and mask.dtype == torch.int32:
+        intervals, key_bits = _masks.decode(mask, seqlen_q, seqlen_k)
+        return {"intervals": intervals, "key_bits": key_bits, "bias": position_bias}
+    if mask.dtype == torch.uint8:
+        mask = mask.view(torch.bool)
+    if mask.ndim != 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            f"attention_mask = {mask.dtype} {list(mask.shape)} must be a bool or float tensor "
+            f"[batch, heads or 1, {seqlen_q}, {seqlen_k}]"
+        )
+    mask = mask[..., :seqlen_k]  # made for a whole static cache in some models
+    if position_bias is None:
+        return {"bias": mask}
+    if mask.dtype == torch.bool:
+        return {"bias": torch.where(mask, position_bias, float("-inf"))}
+    return {"bias": position_bias + mask}
+
+
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int | Tensor | None,
+    max_length_k: int | Tensor | None,
+    problem: dict,
+) -> Tensor:
+    """Attention of documents that lie one after the other, batch entry after batch entry."""
+    batch, seqlen_q = query.shape[:2]
+    if problem.get("bias") is not None or ("intervals" in problem and batch > 1):
+        raise NotImplementedError(
+            "cu_seq_lens_q is not supported together with an attention_mask or position_bias of "
+            "your own, nor with a padded batch: leave one of the two out"
+        )
+    if "intervals" in problem:
+        problem["intervals"] = problem["intervals"][0]
+    out = attention(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
+        cu_seqlens_q=cu_seq_lens_q.to(torch.int32),
+        cu_seqlens_k=cu_seq_lens_k.to(torch.int32),
+        max_seqlen_q=max_length_q,
+        max_seqlen_k=max_length_k,
+        **problem,
+    )
+    return out.unflatten(0, (batch, seqlen_q))
+
+
+def _may_be_packed(
+    position_ids: Tensor | None, mask: Tensor | None, query: Tensor, key: Tensor
+) -> bool:
+    """Where FlashAttention's path in Transformers takes positions that restart for documents."""
+    return (
+        position_ids is not None
+        and query.shape[0] == 1
+        and 1 < query.shape[1] == key.shape[1]
+        and position_ids.ndim <= 2
+        and position_ids.numel() == query.shape[1]
+        and (mask is None or mask.dtype in (torch.int32, torch.uint8))
+    )
+
+
+# mask, or position_ids without one -> (position_ids, versions of both, intervals)
+_DOCUMENTS = WeakTensorKeyDictionary()
+
+
+def _document_intervals(position_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask's intervals cut to documents, computed by the first layer that asks.
+
+    A graph must hold the computation itself; `torch.compile` merges the layers' copies of it.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or position_ids.is_inference()  # has no version
+        or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return _masks.document_intervals(position_ids, mask)
+    owner = position_ids if mask is None else mask
+    versions = (position_ids._version, owner._version)
+    known = _DOCUMENTS.get(owner)
+    if known is None or known[0]() is not position_ids or known[1] != versions:
+        intervals = _masks.document_intervals(position_ids, mask)
+        known = _DOCUMENTS[owner] = (weakref.ref(position_ids), versions, intervals)
+    return known[2]
+
+
+def key_interval_mask(
+    *,
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable,
+    kv_offset: int | Tensor = 0,
+    attention_mask: Tensor | None = None,
+    **call,
+) -> Tensor | None:
+    """What a layer's queries see, from the mask function that Transformers composed.
+
+    Returns key intervals (`_masks.encode`), or a bool mask [batch, 1, seqlen_q, seqlen_k] where the
+    mask function is not known, or None where the layer's `is_causal` says it all.
+    """
+    query, same_end = _query_positions(kv_offset + kv_length, **call)
+    name, _ = _masks.name_and_closure(mask_function)
+    plain = name in ("causal_mask_function", "bidirectional_mask_function")
+    may_skip = call.get("allow_is_causal_skip", True) or call.get("allow_is_bidirectional_skip")
+    if plain and may_skip and attention_mask is None and (same_end or name[0] == "b"):
+        return None
+    # A plain mask that must exist although the layer could do without is one the model edits.
+    edits = plain and not may_skip and call.get("q_length", 1) > 1
+    interval = None if edits else _masks.read_tree(mask_function, query, attention_mask)
+    if interval is None:
+        call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask = sdpa_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            **call,
+        )
+        # uint8 tells the attention function that this is no user's mask, and that it has no padding.
+        return mask if edits or attention_mask is not None else mask.view(torch.uint8)
+    valid = None
+    if attention_mask is not None:
+        valid = _masks.valid_keys(attention_mask, kv_offset, kv_length)
+    interval = _masks.slot_interval(interval, valid, kv_offset, kv_length)
+    return _masks.encode(interval, valid, batch_size)
+
+
+def _query_positions(
+    kv_end: int | Tensor,
+    cache_position: Tensor | None = None,
+    q_length: int = 0,
+    q_offset: int | Tensor = 0,
+    device: torch.device | None = None,
+    **_,
+) -> tuple[Tensor, bool]:
+    """Positions [1, seqlen_q], and whether the last query is known to stand at the last key."""
+    if cache_position is not None:  # Transformers before 5.4
+        return cache_position[None], cache_position.shape[0] == kv_end
+    query = torch.arange(q_length, device=device)[None] + q_offset
+    # The offset of a static cache lies on the device, and the cache has slots after the last query.
+    return query, not isinstance(q_offset, Tensor) and q_offset + q_length == kv_end
+
+
+AttentionInterface.register("heed", attention_forward)
+AttentionMaskInterface.register("heed", key_interval_mask)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Sees to the Debian packages that the C++ tests and tools include: installs them as root, names them otherwise.
+set -euo pipefail
+
+declare -A package_of=(
+  [gtest/gtest.h]=libgtest-dev
+  [CLI/CLI.hpp]=libcli11-dev
+  [fmt/format.h]=libfmt-dev
+  [nlohmann/json.hpp]=nlohmann-json3-dev
+)
+missing=()
+for header in "${!package_of[@]}"; do
+  echo "#include <$header>" | "${CXX:-c++}" -std=c++20 -E -x c++ - >/dev/null 2>&1 || missing+=("${package_of[$header]}")
+done
+((${#missing[@]})) || exit 0
+
+if ((EUID == 0)) && command -v apt-get >/dev/null; then
+  echo "setup: installing ${missing[*]}"
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+else
+  echo "setup: the C++ tests need these (Debian): apt-get install ${missing[*]}" >&2
+  exit 1
+fi

@@ -1,0 +1,123 @@
+// Threads of the caller: every worker runs once, and no result depends on how many there are.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "api/small_problem.hpp"
+#include "registry.hpp"
+
+namespace heed::test {
+namespace {
+
+class CountingExecutor : public Executor {
+ public:
+  CountingExecutor(int workers, bool in_turn) : workers_(workers), in_turn_(in_turn) {}
+  int concurrency() const override { return workers_; }
+  void run(int workers, void (*body)(void* context, int worker), void* context) override {
+    ++calls;
+    most = std::max(most, workers);
+    std::vector<std::thread> threads;
+    for (int worker = 0; worker < workers; ++worker) {
+      threads.emplace_back(body, context, worker);
+      if (in_turn_) threads.back().join();
+    }
+    if (!in_turn_)
+      for (std::thread& thread : threads) thread.join();
+  }
+
+  int calls = 0;
+  int most = 0;
+
+ private:
+  int workers_;
+  bool in_turn_;
+};
+
+const Sizes kSizes{.batch = 2,
+                   .seqlen_q = 210,
+                   .seqlen_k = 230,
+                   .heads_q = 4,
+                   .heads_k = 2,
+                   .head_dim = 24,
+                   .head_dim_v = 24};
+
+std::vector<float> everything(const SmallProblem& small) {
+  std::vector<float> all;
+  for (const auto* part : {&small.out, &small.lse, &small.dq, &small.dk, &small.dv})
+    all.insert(all.end(), part->begin(), part->end());
+  return all;
+}
+
+std::vector<float> results(const Device& device, Queue queue) {
+  SmallProblem small(kSizes);
+  small.forward.band = kCausal;
+  EXPECT_EQ(plan_and_run(small.forward, device, {}, queue).message(), "");
+  EXPECT_EQ(plan_and_run(small.backward, device, {}, queue).message(), "");
+  return everything(small);
+}
+
+TEST(Executors, ResultsDoNotDependOnTheWorkers) {
+  for (Device device : cpu_devices()) {
+    SCOPED_TRACE(name_of(device.arch));
+    device.units = 1;
+    const std::vector<float> expected = results(device, {});
+    for (const int workers : {1, 2, 3, 7})
+      for (const bool in_turn : {false, true}) {
+        CountingExecutor executor(workers, in_turn);
+        device.units = workers;
+        const std::vector<float> got = results(device, executor);
+        EXPECT_EQ(std::memcmp(got.data(), expected.data(), got.size() * 4), 0)
+            << workers << " workers" << (in_turn ? " in turn" : "");
+        EXPECT_LE(executor.most, workers);
+        if (workers > 1 && device.arch != Arch::reference) {
+          EXPECT_GT(executor.calls, 0);
+        }
+      }
+  }
+}
+
+// A plan for more workers than the executor runs at once still gives every worker its turn.
+TEST(Executors, MayBeSmallerThanThePlan) {
+  const Device device{.arch = Device::cpu()->arch, .units = 4};
+  CountingExecutor one(1, true);
+  EXPECT_EQ(results(device, one), results({.arch = device.arch, .units = 1}, {}));
+}
+
+TEST(Executors, OneLineCallUsesTheCallersThreads) {
+  SmallProblem small(kSizes);
+  CountingExecutor executor(3, false);
+  Scratch scratch(1 << 24);
+  EXPECT_EQ(forward(small.forward, scratch.workspace(), executor).message(), "");
+  EXPECT_GT(executor.calls, 0);
+  EXPECT_LE(executor.most, 3);
+}
+
+TEST(Executors, PoolRunsEveryWorkerOnce) {
+  Executor& pool = Executor::pool();
+  EXPECT_GE(pool.concurrency(), 1);
+  for (const int workers : {0, 1, 2, 5, 64}) {
+    std::array<std::atomic<int>, 64> runs{};
+    pool.run(
+        workers,
+        [](void* context, int worker) { ++static_cast<std::atomic<int>*>(context)[worker]; },
+        runs.data());
+    for (int worker = 0; worker < 64; ++worker)
+      EXPECT_EQ(runs[static_cast<std::size_t>(worker)], worker < workers ? 1 : 0);
+  }
+}
+
+TEST(Executors, CallsFromSeveralThreadsAtOnce) {
+  const std::vector<float> expected = results({.arch = Device::cpu()->arch, .units = 2}, {});
+  std::array<std::vector<float>, 4> got;
+  std::vector<std::thread> threads;
+  for (std::vector<float>& result : got)
+    threads.emplace_back(
+        [&result] { result = results({.arch = Device::cpu()->arch, .units = 2}, {}); });
+  for (std::thread& thread : threads) thread.join();
+  for (const std::vector<float>& result : got) EXPECT_EQ(result, expected);
+}
+
+}  // namespace
+}  // namespace heed::test

@@ -1,0 +1,206 @@
+// Plans: workspace contract, printing, forcing a device or a kernel, options.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+
+#include "api/small_problem.hpp"
+#include "registry.hpp"
+
+namespace heed::test {
+namespace {
+
+// Sets an environment variable for one scope.
+class Environment {
+ public:
+  Environment(const char* name, const char* value) : name_(name) {
+    if (const char* old = std::getenv(name)) old_ = old;
+    setenv(name, value, 1);
+  }
+  ~Environment() {
+    if (old_)
+      setenv(name_, old_->c_str(), 1);
+    else
+      unsetenv(name_);
+  }
+  Environment(const Environment&) = delete;
+  Environment& operator=(const Environment&) = delete;
+
+ private:
+  const char* name_;
+  std::optional<std::string> old_;
+};
+
+// Large enough that every kernel wants scratch memory.
+const Sizes kMedium{.batch = 1,
+                    .seqlen_q = 70,
+                    .seqlen_k = 90,
+                    .heads_q = 4,
+                    .heads_k = 2,
+                    .head_dim = 16,
+                    .head_dim_v = 16};
+
+template <class Problem>
+void expect_workspace_contract(const Problem& problem) {
+  for (const Device& device : cpu_devices()) {
+    SCOPED_TRACE(name_of(device.arch));
+    const Result<Plan> made = plan(problem, device);
+    ASSERT_TRUE(made.ok()) << made.status().message();
+    const std::size_t bytes = made->workspace_bytes;
+    ASSERT_GT(bytes, 0u);
+    EXPECT_EQ(bytes % kWorkspaceAlignment, 0u);
+    Scratch scratch(bytes);
+    const Workspace exact = scratch.workspace();
+    EXPECT_EQ(run(*made, problem, exact).message(), "");
+
+    const std::string needed = std::to_string(bytes);
+    Status s = run(*made, problem, {exact.data, bytes - 1});
+    EXPECT_EQ(s.code(), Code::invalid);
+    EXPECT_EQ(s.message(),
+              "workspace.bytes = " + std::to_string(bytes - 1) + " must be at least " + needed);
+    s = run(*made, problem, {});
+    EXPECT_EQ(s.message(), "workspace.bytes = 0 must be at least " + needed);
+    for (void* bad : {static_cast<void*>(static_cast<std::byte*>(exact.data) + 4),
+                      static_cast<void*>(nullptr)}) {
+      s = run(*made, problem, {bad, bytes});
+      EXPECT_EQ(s.code(), Code::invalid);
+      EXPECT_NE(s.message().find("workspace.data"), std::string::npos) << s.message();
+      EXPECT_NE(s.message().find("64"), std::string::npos) << s.message();
+    }
+  }
+}
+
+TEST(Workspace, ForwardContract) { expect_workspace_contract(SmallProblem(kMedium).forward); }
+TEST(Workspace, BackwardContract) { expect_workspace_contract(SmallProblem(kMedium).backward); }
+TEST(Workspace, DecodeContract) {
+  SmallProblem small({.batch = 1, .seqlen_q = 1, .seqlen_k = 2000, .heads_q = 2, .heads_k = 1});
+  expect_workspace_contract(small.forward);
+}
+
+TEST(Workspace, OneLineCallSaysWhatItNeeds) {
+  SmallProblem small(kMedium);
+  const Status s = forward(small.forward);
+  EXPECT_EQ(s.code(), Code::invalid);
+  EXPECT_EQ(s.message().rfind("workspace.bytes = 0 must be at least ", 0), 0u) << s.message();
+  Scratch scratch(std::strtoull(
+      s.message().c_str() + std::strlen("workspace.bytes = 0 must be at least "), nullptr, 10));
+  EXPECT_EQ(forward(small.forward, scratch.workspace()).message(), "");
+}
+
+TEST(Plans, ArePlainValues) {
+  static_assert(std::is_trivially_copyable_v<Plan>);
+  SmallProblem small;
+  const Plan made = plan(small.forward, {.arch = Arch::scalar, .units = 1}).value();
+  EXPECT_EQ(describe(made).rfind(name_of(*made.row) + ": ", 0), 0u) << describe(made);
+  EXPECT_NE(describe(made).find("workspace " + std::to_string(made.workspace_bytes) + " bytes"),
+            std::string::npos);
+  EXPECT_EQ(plan(small.forward, {.arch = Arch::scalar, .units = 3})->workers, 3);
+}
+
+TEST(Plans, OfOnePassRefuseTheOther) {
+  SmallProblem small;
+  const Device device{};
+  Scratch scratch(1 << 22);
+  const Plan forward_plan = plan(small.forward, device).value();
+  const Plan backward_plan = plan(small.backward, device).value();
+  EXPECT_EQ(run(forward_plan, small.backward, scratch.workspace()).code(), Code::invalid);
+  EXPECT_EQ(run(backward_plan, small.forward, scratch.workspace()).code(), Code::invalid);
+  EXPECT_EQ(run(Plan{}, small.forward, scratch.workspace()).code(), Code::invalid);
+}
+
+TEST(Plans, ExplainWhyBetterKernelsDoNotServe) {
+  SmallProblem small;
+  const std::string text = explain(small.forward, {.arch = Arch::scalar, .units = 1});
+  EXPECT_EQ(text.find("scalar/"), 0u) << text;
+  for (const KernelRow& row : registry())
+    if (row.pass == Pass::forward && row.dtype == DType::f32 && row.arch > Arch::scalar) {
+      EXPECT_NE(text.find("not " + name_of(row) + ": needs " + name_of(row.arch) +
+                          ", this device is scalar"),
+                std::string::npos)
+          << text;
+    }
+}
+
+TEST(Plans, AnInventedDeviceNeedsNoMachine) {
+  SmallProblem small;
+  for (const KernelRow& row : registry()) {
+    if (row.dtype != DType::f32) continue;
+    const Device device{.arch = row.arch, .units = 4};
+    const Result<Plan> made =
+        row.pass == Pass::backward ? plan(small.backward, device) : plan(small.forward, device);
+    ASSERT_TRUE(made.ok()) << made.status().message();
+    EXPECT_EQ(made->row->arch, row.arch);
+  }
+}
+
+TEST(Plans, ForADeviceWithoutKernelsAreRefused) {
+  SmallProblem small;
+  for (const Arch arch : {Arch::sm80, Arch::sm90, Arch::sm100, Arch::sm120}) {
+    const Status s = plan(small.forward, {.arch = arch, .units = 132}).status();
+    EXPECT_EQ(s.code(), Code::unsupported);
+    EXPECT_NE(s.message().find(name_of(arch)), std::string::npos) << s.message();
+  }
+}
+
+TEST(Options, ForceAKernel) {
+  SmallProblem small;
+  const Device device = Device::cpu().value();
+  EXPECT_EQ(plan(small.forward, device, {.force = "reference"})->row->arch, Arch::reference);
+  EXPECT_EQ(name_of(*plan(small.backward, device, {.force = "scalar/backward/f32"})->row),
+            "scalar/backward/f32");
+  const Status s = plan(small.forward, device, {.force = "abacus"}).status();
+  EXPECT_EQ(s.code(), Code::unsupported);
+  EXPECT_NE(s.message().find("abacus"), std::string::npos) << s.message();
+  EXPECT_NE(s.message().find("heed list"), std::string::npos) << s.message();
+}
+
+TEST(Options, EnvironmentForcesAKernel) {
+  SmallProblem small;
+  const Device device = Device::cpu().value();
+  const Environment forced("HEED_FORCE_KERNEL", "reference");
+  EXPECT_EQ(plan(small.forward, device)->row->arch, Arch::reference);
+  EXPECT_EQ(plan(small.backward, device)->row->arch, Arch::reference);
+  EXPECT_EQ(plan(small.forward, device, {.force = "scalar"})->row->arch, Arch::scalar);
+}
+
+TEST(Options, SplitsAreKept) {
+  SmallProblem small({.batch = 1, .seqlen_q = 1, .seqlen_k = 4096, .heads_q = 2, .heads_k = 1});
+  for (const int splits : {1, 3, 8}) {
+    const Result<Plan> made = plan(small.forward, {}, {.splits = splits});
+    ASSERT_TRUE(made.ok());
+    EXPECT_EQ(made->splits, splits);
+  }
+  const Status s = plan(small.forward, {}, {.splits = -1}).status();
+  EXPECT_EQ(s.code(), Code::invalid);
+  EXPECT_NE(s.message().find("splits = -1 must be"), std::string::npos) << s.message();
+}
+
+TEST(Devices, EnvironmentLowersTheInstructionSet) {
+  for (const Device& device : cpu_devices()) {
+    const Environment forced("HEED_FORCE_ISA", name_of(device.arch));
+    const Result<Device> cpu = Device::cpu();
+    ASSERT_TRUE(cpu.ok());
+    EXPECT_EQ(cpu->arch, device.arch);
+    SmallProblem small;
+    EXPECT_LE(plan(small.forward, *cpu)->row->arch, device.arch);
+  }
+  const Environment forced("HEED_FORCE_ISA", "mmx");
+  const Status s = Device::cpu().status();
+  EXPECT_EQ(s.code(), Code::invalid);
+  EXPECT_EQ(s.message(),
+            "HEED_FORCE_ISA = mmx must be one of reference, scalar, avx2, avx512, avx512_bf16");
+}
+
+TEST(Devices, AnInstructionSetTheMachineLacksIsRefused) {
+  const Arch here = Device::cpu()->arch;
+  if (here >= Arch::avx512_bf16) GTEST_SKIP() << "this CPU has every set";
+  const Environment forced("HEED_FORCE_ISA", "avx512_bf16");
+  const Status s = Device::cpu().status();
+  EXPECT_EQ(s.code(), Code::unsupported);
+  EXPECT_NE(s.message().find(std::string("this CPU offers up to ") + name_of(here)),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace heed::test

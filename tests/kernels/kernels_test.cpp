@@ -1,0 +1,65 @@
+// Every kernel of the table on the chosen shapes against the oracle.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <set>
+
+#include "support/check.hpp"
+#include "support/shapes.hpp"
+
+namespace heed::test {
+namespace {
+
+class Curated : public testing::TestWithParam<Shape> {};
+class Decode : public testing::TestWithParam<Shape> {};
+
+std::string test_name(const testing::TestParamInfo<Shape>& info) { return info.param.name; }
+
+TEST_P(Curated, EveryKernelMatchesTheOracle) {
+  const int ran = check_shape(GetParam(), 1);
+  EXPECT_GT(ran, 0);
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, Curated, testing::ValuesIn(curated_shapes()), test_name);
+
+TEST_P(Decode, EveryKernelMatchesTheOracle) {
+  EXPECT_GT(check_shape(GetParam(), 1), 0);
+  CheckOptions split;
+  split.run = {.workers = 2, .splits = 2};
+  split.compare_naive = false;
+  check_shape(GetParam(), 2, split);
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, Decode, testing::ValuesIn(decode_shapes()), test_name);
+
+// A kernel that no shape reaches would pass everything.
+TEST(Coverage, EveryRowServesManyShapes) {
+  std::map<const KernelRow*, int> served;
+  for (const auto* shapes : {&curated_shapes(), &decode_shapes()})
+    for (const Shape& shape : *shapes)
+      for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+        const Problem problem(shape, dtype, 1);
+        for (const KernelRow* row : runnable_rows()) served[row] += serves(*row, problem) ? 1 : 0;
+      }
+  for (const KernelRow* row : runnable_rows()) EXPECT_GE(served[row], 20) << name_of(*row);
+}
+
+TEST(Coverage, NamesAreUnique) {
+  std::set<std::string> names;
+  for (const KernelRow& row : registry()) EXPECT_TRUE(names.insert(name_of(row)).second) << name_of(row);
+}
+
+// The problems would prove little if most results were exactly 0.
+TEST(Coverage, MostResultsAreNotZero) {
+  int mistrusted = 0;
+  for (const Shape& shape : curated_shapes()) {
+    const Problem problem(shape, DType::f32, 1);
+    const ForwardOracle o = oracle(problem.forward, rounding_of(*runnable_rows().front()));
+    std::size_t zeros = 0;
+    const std::vector<double> live = o.out.value;
+    for (const double x : live) zeros += x == 0 ? 1 : 0;
+    if (!live.empty() && zeros * 10 > live.size() * 7) ++mistrusted;
+  }
+  EXPECT_LE(mistrusted * 10, static_cast<int>(curated_shapes().size()));
+}
+
+}  // namespace
+}  // namespace heed::test

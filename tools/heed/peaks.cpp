@@ -1,0 +1,134 @@
+#include "peaks.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace heed::tool {
+namespace {
+
+constexpr int kRounds = 5;
+constexpr std::int64_t kSteps = 4'000'000;
+constexpr int kChains = 12;  // independent sums: more than latency times instructions per cycle
+
+// Best time of a round in seconds, body(worker) on every thread of the pool.
+template <class Body>
+double best_seconds(int workers, const Body& body) {
+  double best = 1e30;
+  for (int round = 0; round < kRounds; ++round) {
+    const auto begin = std::chrono::steady_clock::now();
+    Executor::pool().run(
+        workers, [](void* context, int worker) { (*static_cast<const Body*>(context))(worker); },
+        const_cast<Body*>(&body));
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+    best = std::min(best, took.count());
+  }
+  return best;
+}
+
+// Each returns the floating-point operations of one call; the sum keeps the loop alive.
+using Loop = double (*)(float* sink);
+
+double fma_scalar(float* sink) {
+  float sums[kChains] = {};
+  for (std::int64_t step = 0; step < kSteps; ++step)
+    for (float& sum : sums) sum = sum * 0.5f + 1.f;
+  for (const float sum : sums) *sink += sum;
+  return 2.0 * kChains * static_cast<double>(kSteps);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) double fma_avx2(float* sink) {
+  const __m256 half = _mm256_set1_ps(0.5f), one = _mm256_set1_ps(1.f);
+  __m256 sums[kChains];
+  for (__m256& sum : sums) sum = one;
+  for (std::int64_t step = 0; step < kSteps; ++step)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm256_fmadd_ps(sums[i], half, one);
+  for (const __m256& sum : sums) *sink += _mm256_cvtss_f32(sum);
+  return 2.0 * 8 * kChains * static_cast<double>(kSteps);
+}
+
+__attribute__((target("avx512f"))) double fma_avx512(float* sink) {
+  const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.f);
+  __m512 sums[kChains];
+  for (__m512& sum : sums) sum = one;
+  for (std::int64_t step = 0; step < kSteps; ++step)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm512_fmadd_ps(sums[i], half, one);
+  for (const __m512& sum : sums) *sink += _mm512_cvtss_f32(sum);
+  return 2.0 * 16 * kChains * static_cast<double>(kSteps);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) double bf16_avx512(float* sink) {
+  const __m512bh half = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps(0.5f));
+  __m512 sums[kChains];
+  for (__m512& sum : sums) sum = _mm512_setzero_ps();
+  for (std::int64_t step = 0; step < kSteps; ++step)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], half, half);
+  for (const __m512& sum : sums) *sink += _mm512_cvtss_f32(sum);
+  return 2.0 * 32 * kChains * static_cast<double>(kSteps);
+}
+#endif
+
+Loop fma_loop(Arch arch) {
+#if defined(__x86_64__)
+  if (arch == Arch::avx512 || arch == Arch::avx512_bf16) return fma_avx512;
+  if (arch == Arch::avx2) return fma_avx2;
+#endif
+  (void)arch;
+  return fma_scalar;
+}
+
+Loop bf16_loop(Arch arch) {
+#if defined(__x86_64__)
+  if (arch == Arch::avx512_bf16) return bf16_avx512;
+#endif
+  (void)arch;
+  return nullptr;
+}
+
+double gflops(Loop loop, int workers) {
+  if (loop == nullptr) return 0;
+  std::vector<float> sinks(static_cast<std::size_t>(workers) * 64);
+  std::vector<double> flops(sinks.size());
+  const double seconds = best_seconds(workers, [&](int worker) {
+    const std::size_t at = static_cast<std::size_t>(worker) * 64;
+    flops[at] = loop(&sinks[at]);
+  });
+  double total = 0;
+  for (const double x : flops) total += x;
+  return total / seconds * 1e-9;
+}
+
+double read_gbs(int workers) {
+  constexpr std::size_t kWords = std::size_t{256} << 17;  // 256 MiB of 8 bytes
+  const std::vector<std::uint64_t> memory(kWords, 1);
+  std::vector<std::uint64_t> sinks(static_cast<std::size_t>(workers) * 8);
+  const auto count = static_cast<std::size_t>(workers);
+  const double seconds = best_seconds(workers, [&](int worker) {
+    const auto w = static_cast<std::size_t>(worker);
+    std::uint64_t sums[8] = {};
+    for (std::size_t i = kWords * w / count / 8 * 8; i + 8 <= kWords * (w + 1) / count; i += 8)
+      for (std::size_t lane = 0; lane < 8; ++lane) sums[lane] += memory[i + lane];
+    for (const std::uint64_t sum : sums) sinks[w * 8] += sum;
+  });
+  return static_cast<double>(kWords) * 8 / seconds * 1e-9;
+}
+
+}  // namespace
+
+Peaks measure_peaks(Arch arch) {
+  const int workers = Executor::pool().concurrency();
+  return {.fma_gflops = gflops(fma_loop(arch), workers),
+          .bf16_gflops = gflops(bf16_loop(arch), workers),
+          .read_gbs = read_gbs(workers)};
+}
+
+}  // namespace heed::tool
