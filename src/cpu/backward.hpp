@@ -43,7 +43,7 @@ class BackwardKernel {
     float *s, *dp;                 // scores then P; dP then dS
     Word *p_words, *ds_words;      // pairs along the queries, or s and dp themselves
     Word* ds_rows;                 // pairs along the keys, or dp itself
-    float *factors, *slope;
+    float *kept, *slope;           // of one row: dropout mask, slope of the softcap
     float* dq;
     Word *k_columns, *v_columns, *k_panels;  // of the block: Kᵀ, Vᵀ and K
     float *dk, *dv;
@@ -106,7 +106,7 @@ class BackwardKernel {
       s.p_words = s.s;
       s.ds_words = s.ds_rows = s.dp;
     }
-    s.factors = layout.add<float>(kTile);
+    s.kept = layout.add<float>(kTile);
     s.slope = layout.add<float>(kTile);
     s.dq = layout.add<float>(std::int64_t{kTile} * qk_columns_);
     s.k_columns = layout.add<Word>(block * qk_words_);
@@ -240,7 +240,7 @@ class BackwardKernel {
       store_row<Isa>(row_of<Element>(b_.dk, at.k, head, key), w.dk + i * qk_columns_,
                      p_.q.head_dim(), scale);
       store_row<Isa>(row_of<Element>(b_.dv, at.k, head, key), w.dv + i * v_columns_,
-                     p_.v.head_dim(), 1.f);
+                     p_.v.head_dim(), dropout_scale(p_));
     }
   }
 
@@ -338,13 +338,13 @@ class BackwardKernel {
       transform_.apply(s, capped ? w.slope : nullptr, span, live, at, head, row, key0);
       const bool dropped = p_.dropout.probability > 0.f;
       if (dropped) {
-        dropout_factors(p_.dropout, at.entry, head, row, key0 + span.begin,
-                        span.end - span.begin, w.factors + span.begin);
-        apply_factors<Isa>(dp, w.factors, span);
+        dropout_mask(p_.dropout, at.entry, head, row, key0 + span.begin, span.end - span.begin,
+                     w.kept + span.begin);
+        apply_factors<Isa>(dp, w.kept, span, dropout_scale(p_));
       }
       softmax_gradient<Isa>(s, dp, span, transform_.factor(),
                             static_cast<float>(double{p_.lse[i]} * kLog2e), delta_[i]);
-      if (dropped) apply_factors<Isa>(s, w.factors, span);
+      if (dropped) apply_factors<Isa>(s, w.kept, span);
       if (b_.dbias) add_bias_gradient(dp, live, at, head, row, key0);
       if (capped) apply_factors<Isa>(dp, w.slope, span);
     }

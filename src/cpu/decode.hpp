@@ -35,7 +35,7 @@ class DecodeKernel {
     Word* q;   // [rows][q_words_], padded to whole vectors
     float* s;  // [rows][kKeys]
     float* o;  // [rows][o_columns_]
-    float* factors;
+    float* kept;  // dropout mask of one row
   };
   struct Carved {
     Scratch scratch;
@@ -64,7 +64,7 @@ class DecodeKernel {
     s.q = layout.add<Word>(std::int64_t{rows_} * q_words_);
     s.s = layout.add<float>(std::int64_t{rows_} * kKeys);
     s.o = layout.add<float>(std::int64_t{rows_} * o_columns_);
-    s.factors = layout.add<float>(kKeys);
+    s.kept = layout.add<float>(kKeys);
     return {s, layout.bytes()};
   }
   Scratch scratch(int worker) const {
@@ -162,8 +162,8 @@ class DecodeKernel {
       transform_.apply(s, nullptr, columns, live, at, q_head, row, key0);
       rescaled[r] = softmax_update<Isa>(s, columns, transform_.factor(), state[r]);
       if (p_.dropout.probability > 0.f) {
-        dropout_factors(p_.dropout, at.entry, q_head, row, key0, kKeys, w.factors);
-        apply_factors<Isa>(s, w.factors, columns);
+        dropout_mask(p_.dropout, at.entry, q_head, row, key0, kKeys, w.kept);
+        apply_factors<Isa>(s, w.kept, columns);
       }
     }
     for (int r = 0; r < rows; r += 4)

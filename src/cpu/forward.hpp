@@ -71,16 +71,16 @@ void clear_rows(const ForwardProblem& p, std::int64_t first) {
 template <class C>
 void store_output(const ForwardProblem& p, const SequenceSlice& at, std::int64_t head, int row,
                   const float* o, SoftmaxState state) {
-  float kept = 1.f;  // what the accumulated row is worth beside the sink
+  float weight = dropout_scale(p);
   if (p.sink != nullptr) {
     const SoftmaxState sink{static_cast<float>(double{p.sink[head]} * kLog2e),
                             p.sink[head] == -kInfinity ? 0.f : 1.f};
     const SoftmaxState merged = merge(state, sink);
-    kept = rescale(state.max, merged.max);
+    weight *= rescale(state.max, merged.max);  // what the row is worth beside the sink
     state = merged;
   }
   store_row<typename C::Isa>(row_of<typename C::Element>(p.out, at.q, head, row), o,
-                             p.v.head_dim(), state.sum == 0.f ? 0.f : kept / state.sum);
+                             p.v.head_dim(), state.sum == 0.f ? 0.f : weight / state.sum);
   if (p.lse != nullptr)
     p.lse[lse_index(p, at, static_cast<int>(head), row)] = natural_lse(state);
 }
@@ -115,7 +115,7 @@ class ForwardKernel {
     float* s;
     Word* p;  // the words of S; S itself where they are floats
     float* o;
-    float* factors;  // dropout of one row
+    float* kept;     // dropout mask of one row
     Word *k, *v;     // one head's panels, when workers pack for themselves
   };
 
@@ -155,7 +155,7 @@ class ForwardKernel {
       s.p = s.s;
     }
     s.o = layout.add<float>(std::int64_t{kTileM} * v_columns_);
-    s.factors = layout.add<float>(kTileN);
+    s.kept = layout.add<float>(kTileN);
     const std::int64_t keys = private_packs_ ? k_capacity_ : 0;
     s.k = layout.add<Word>(keys * k_words_);
     s.v = layout.add<Word>(words_of<C>(keys * v_columns_));
@@ -270,9 +270,9 @@ class ForwardKernel {
           transform_.apply(s, nullptr, span, live, at, head, row0 + r, key0);
           rescaled[r] = softmax_update<Isa>(s, span, factor, state[r]);
           if (p_.dropout.probability > 0.f) {
-            dropout_factors(p_.dropout, at.entry, head, row0 + r, key0 + span.begin,
-                            span.end - span.begin, w.factors + span.begin);
-            apply_factors<Isa>(s, w.factors, span);
+            dropout_mask(p_.dropout, at.entry, head, row0 + r, key0 + span.begin,
+                         span.end - span.begin, w.kept + span.begin);
+            apply_factors<Isa>(s, w.kept, span);
           }
         }
         to_words<typename C::Operand>(s, w.p + r * kLdp, span);

@@ -144,11 +144,12 @@ float softmax_update(float* s, Span columns, float factor, SoftmaxState& state) 
   return rescaled;
 }
 
-// Multiplies P, or dP, by what dropout keeps of it.
+// s *= factors * scale
 template <class Isa>
-void apply_factors(float* s, const float* factors, Span columns) {
+void apply_factors(float* s, const float* factors, Span columns, float scale = 1.f) {
+  const auto f = Isa::broadcast(scale);
   for (int c = columns.begin; c < columns.end; c += Isa::kLanes)
-    Isa::store(s + c, Isa::load(s + c) * Isa::load(factors + c));
+    Isa::store(s + c, Isa::load(s + c) * (Isa::load(factors + c) * f));
 }
 
 // s: scores -> P; dp: dP -> dS = P (dP - delta). Both in units where dq = scale * dS k.

@@ -94,15 +94,21 @@ inline void load_bias(const ConstTensorView& bias, BiasRow at, int key, int coun
   }
 }
 
-// factors[i] = 0 or 1 / (1 - p) for key `key + i` of a row; `key` is a multiple of 4.
-inline void dropout_factors(const Dropout& dropout, int entry, std::int64_t head, int row, int key,
-                            int count, float* factors) {
+// What a value that dropout keeps is multiplied by. P itself is only zeroed or left: its largest value, 1,
+// would round to the same wrong bf16 in every row.
+inline float dropout_scale(const ForwardProblem& p) {
+  return 1.f / (1.f - p.dropout.probability);
+}
+
+// kept[i] = 1 where dropout keeps key `key + i` of a row, else 0; `key` is a multiple of 4.
+inline void dropout_mask(const Dropout& dropout, int entry, std::int64_t head, int row, int key,
+                         int count, float* kept) {
   const std::uint32_t threshold = dropout_threshold(dropout.probability);
-  const float kept = 1.f / (1.f - dropout.probability);
   for (int i = 0; i < count; i += 4) {
     const PhiloxBlock words =
         dropout_words(*dropout.seed, entry, static_cast<int>(head), row, (key + i) / 4);
-    for (std::size_t j = 0; j < 4; ++j) factors[i + static_cast<int>(j)] = words[j] >= threshold ? kept : 0.f;
+    for (std::size_t j = 0; j < 4; ++j)
+      kept[i + static_cast<int>(j)] = words[j] >= threshold ? 1.f : 0.f;
   }
 }
 
