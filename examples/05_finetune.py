@@ -136,6 +136,10 @@ class Run:
     width: int  # steps of the running mean
     tolerance: float
 
+    @property
+    def label(self) -> str:
+        return "loss" if self.width == 1 else f"loss, mean over {self.width} steps"
+
 
 def compare(run: Run, names: list[str]) -> tuple[dict[str, list[float]], bool]:
     """Trains with both implementations; returns the loss curves and whether they agree."""
@@ -150,7 +154,7 @@ def compare(run: Run, names: list[str]) -> tuple[dict[str, list[float]], bool]:
     agrees = deviation <= run.tolerance and learnt
 
     steps = len(run.batches)
-    print(f"\n{run.title}: loss, mean over {run.width} steps\n")
+    print(f"\n{run.title}: {run.label}\n")
     print("  step  " + "  ".join(f"{name:>9}" for name in curves))
     for step in [*range(0, steps - 1, max(1, steps // 6)), steps - 1]:
         print(f"  {step:4}  " + "  ".join(f"{curve[step]:9.5f}" for curve in curves.values()))
@@ -165,7 +169,7 @@ def draw(run: Run, curves: dict[str, list[float]], axis: plt.Axes) -> None:
     styles = [{"lw": 4, "alpha": 0.4}, {"lw": 1.5, "ls": "--"}]
     for (name, curve), style in zip(curves.items(), styles, strict=True):
         axis.plot(curve, label=name, **style)
-    axis.set(title=run.title, xlabel="step", ylabel=f"loss, mean over {run.width} steps")
+    axis.set(title=run.title, xlabel="step", ylabel=run.label)
     axis.legend()
 
 

@@ -26,6 +26,6 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input install)
 files=()
 for file in "$@"; do files+=(-r "$file"); done
 if [[ $(uname -m) == x86_64 ]]; then
-  echo "setup: PyTorch brings its CUDA libraries: about 2.7 GB to download, once, and 6 GB on disk"
+  echo "setup: PyTorch brings its CUDA libraries: about 3.2 GB to download, once, and 6 GB on disk"
 fi
 "${pip[@]}" "${files[@]}"

@@ -73,25 +73,36 @@ def slot_interval(
     return torch.maximum(first, before), torch.minimum(end, kv_length - after)
 
 
-def document_intervals(position_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Intervals int32 [1, seqlen, 2] of packed documents, each starting at the lowest position.
+def restarting_documents(mask: Tensor | None, seqlen_q: int, position_ids: Tensor) -> Tensor:
+    """Intervals int32 [1, seqlen_q, 2] of documents that start at the lowest position, within `mask`.
 
-    A mask of `encode` is cut to the documents; if it has padding, the row is one document.
+    A row that has padding is one document, as in FlashAttention's path.
     """
-    position_ids = position_ids.reshape(1, -1)
+    position_ids = position_ids.reshape(1, seqlen_q)
     starts = position_ids == position_ids.min()
-    rows = None
     if mask is not None and mask.dtype == torch.int32:
-        rows, key_bits = decode(mask, *2 * position_ids.shape[-1:])
+        _, key_bits = decode(mask, seqlen_q, seqlen_q)
         if key_bits is not None:
             unpadded = _bits(torch.ones_like(starts)).flatten(1)
             starts = starts & (key_bits[:, : unpadded.shape[1]] == unpadded).all()
     document = starts.cumsum(-1)
-    ends = (
-        torch.searchsorted(document, document, out_int32=True),
-        torch.searchsorted(document, document, out_int32=True, right=True),
-    )
-    return torch.stack(ends if rows is None else intersect(ends, rows.unbind(-1)), dim=-1)
+    first = torch.searchsorted(document, document)
+    return _cut(mask, (first, torch.searchsorted(document, document, right=True)))
+
+
+def listed_documents(
+    mask: Tensor | None, seqlen_q: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Tensor:
+    """Intervals int32 [1, seqlen_q, 2] of documents of these cumulative lengths, within `mask`."""
+    row = torch.arange(seqlen_q, dtype=cu_seqlens_q.dtype, device=cu_seqlens_q.device)
+    end = torch.searchsorted(cu_seqlens_q, row, right=True).clamp(max=cu_seqlens_q.shape[0] - 1)
+    return _cut(mask, (cu_seqlens_k[end - 1][None], cu_seqlens_k[end][None]))
+
+
+def _cut(mask: Tensor | None, documents: Interval) -> Tensor:
+    if mask is not None and mask.dtype == torch.int32:
+        documents = intersect(documents, mask[:, 0, : documents[0].shape[-1]].unbind(-1))
+    return torch.stack(documents, dim=-1).to(torch.int32)
 
 
 def intersect(a: Interval, b: Interval) -> Interval:

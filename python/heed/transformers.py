@@ -80,10 +80,22 @@ def attention_forward(
     problem |= {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "dropout_p": dropout}
 
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        return _packed_attention(query, key, value, *lengths, problem), None
-    if _may_be_packed(position_ids, attention_mask, query, key):
-        problem["intervals"] = _document_intervals(position_ids, attention_mask)
+        if attention_mask is None and position_bias is None:
+            problem |= {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
+            problem |= {"max_seqlen_q": max_length_q, "max_seqlen_k": max_length_k}
+            return _packed_attention(query, key, value, problem), None
+        if query.shape[0] > 1 or not _is_own(attention_mask):
+            raise NotImplementedError(
+                "cu_seq_lens_q is not supported together with a position_bias, with an "
+                "attention_mask of your own or with a padded batch: leave one of the two out"
+            )
+        problem["intervals"] = _once_per_forward(
+            _masks.listed_documents, attention_mask, query.shape[1], cu_seq_lens_q, cu_seq_lens_k
+        )
+    elif _may_be_packed(position_ids, attention_mask, query, key):
+        problem["intervals"] = _once_per_forward(
+            _masks.restarting_documents, attention_mask, query.shape[1], position_ids
+        )
     return attention(query, key, value, **problem), None
 
 
@@ -124,36 +136,17 @@ def _visible(
     return {"bias": position_bias + mask}
 
 
-def _packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor,
-    max_length_q: int | Tensor | None,
-    max_length_k: int | Tensor | None,
-    problem: dict,
-) -> Tensor:
+def _is_own(mask: Tensor | None) -> bool:
+    """Made by `key_interval_mask`, and so without knowledge of documents."""
+    return mask is None or mask.dtype in (torch.int32, torch.uint8)
+
+
+def _packed_attention(query: Tensor, key: Tensor, value: Tensor, problem: dict) -> Tensor:
     """Attention of documents that lie one after the other, batch entry after batch entry."""
-    batch, seqlen_q = query.shape[:2]
-    if problem.get("bias") is not None or ("intervals" in problem and batch > 1):
-        raise NotImplementedError(
-            "cu_seq_lens_q is not supported together with an attention_mask or position_bias of "
-            "your own, nor with a padded batch: leave one of the two out"
-        )
-    if "intervals" in problem:
-        problem["intervals"] = problem["intervals"][0]
-    out = attention(
-        query.flatten(0, 1),
-        key.flatten(0, 1),
-        value.flatten(0, 1),
-        cu_seqlens_q=cu_seq_lens_q.to(torch.int32),
-        cu_seqlens_k=cu_seq_lens_k.to(torch.int32),
-        max_seqlen_q=max_length_q,
-        max_seqlen_k=max_length_k,
-        **problem,
-    )
-    return out.unflatten(0, (batch, seqlen_q))
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        problem[name] = problem[name].to(torch.int32)
+    out = attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), **problem)
+    return out.unflatten(0, query.shape[:2])
 
 
 def _may_be_packed(
@@ -166,33 +159,41 @@ def _may_be_packed(
         and 1 < query.shape[1] == key.shape[1]
         and position_ids.ndim <= 2
         and position_ids.numel() == query.shape[1]
-        and (mask is None or mask.dtype in (torch.int32, torch.uint8))
+        and _is_own(mask)
     )
 
 
-# mask, or position_ids without one -> (position_ids, versions of both, intervals)
-_DOCUMENTS = WeakTensorKeyDictionary()
+# First of the tensors -> (function, weak references to the tensors, their versions, result)
+_KNOWN = WeakTensorKeyDictionary()
 
 
-def _document_intervals(position_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask's intervals cut to documents, computed by the first layer that asks.
+def _once_per_forward(
+    function: Callable, mask: Tensor | None, seqlen_q: int, *documents: Tensor
+) -> Tensor:
+    """function(mask, seqlen_q, *documents), which the layers of a forward pass share.
 
     A graph must hold the computation itself; `torch.compile` merges the layers' copies of it.
     """
+    tensors = documents if mask is None else (mask, *documents)
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or position_ids.is_inference()  # has no version
-        or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing())
+        or any(t.is_inference() for t in tensors)  # have no version
+        or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
     ):
-        return _masks.document_intervals(position_ids, mask)
-    owner = position_ids if mask is None else mask
-    versions = (position_ids._version, owner._version)
-    known = _DOCUMENTS.get(owner)
-    if known is None or known[0]() is not position_ids or known[1] != versions:
-        intervals = _masks.document_intervals(position_ids, mask)
-        known = _DOCUMENTS[owner] = (weakref.ref(position_ids), versions, intervals)
-    return known[2]
+        return function(mask, seqlen_q, *documents)
+    versions = [t._version for t in tensors]
+    known = _KNOWN.get(tensors[0])
+    if (
+        known is None
+        or known[0] is not function
+        or any(reference() is not t for reference, t in zip(known[1], tensors))
+        or known[2] != versions
+    ):
+        result = function(mask, seqlen_q, *documents)
+        known = (function, [weakref.ref(t) for t in tensors], versions, result)
+        _KNOWN[tensors[0]] = known
+    return known[3]
 
 
 def key_interval_mask(

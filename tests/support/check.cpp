@@ -189,6 +189,15 @@ std::string label(const KernelRow& row, const Shape& shape, std::uint64_t seed) 
   return name_of(row) + " on " + describe(shape) + ", seed " + std::to_string(seed);
 }
 
+bool run_checked(const KernelRow& row, Problem& problem, const RunOptions& options) {
+  if (!serves(row, problem)) return false;
+  set_crash_context(label(row, problem.shape, problem.seed).c_str());
+  problem.reset_outputs();
+  const Status status = run_row(row, problem, options);
+  EXPECT_TRUE(status.ok()) << label(row, problem.shape, problem.seed) << ": " << status.message();
+  return true;
+}
+
 int check_shape(const Shape& shape, std::uint64_t seed, const CheckOptions& options) {
   int ran = 0;
   for (const DType dtype : options.dtypes) {

@@ -19,6 +19,9 @@ struct CheckOptions {
 // Adds a test failure for everything a kernel gets wrong. Returns how many kernels ran.
 int check_shape(const Shape& shape, std::uint64_t seed, const CheckOptions& options = {});
 
+// Runs a kernel; a failure of run() fails the test. False: the kernel does not take such problems.
+bool run_checked(const KernelRow& row, Problem& problem, const RunOptions& options = {});
+
 // What stands for a problem in a failure: enough to make it again.
 std::string label(const KernelRow& row, const Shape& shape, std::uint64_t seed);
 

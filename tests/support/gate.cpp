@@ -1,8 +1,10 @@
 #include "support/gate.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <sstream>
+#include <unordered_set>
 
 #include "support/problem.hpp"
 
@@ -97,12 +99,15 @@ Verdict compare(const std::string& name, const TensorView& view, const Oracle& e
   if (width == 0) return v;
   double sum_squares = 0, sum = 0, error_squares = 0;
   std::size_t counted = 0, worst_at = 0, worst_row_at = 0;
+  std::unordered_set<std::uint64_t> distinct;  // rows that are alike share their rounding errors
   for (std::size_t row = 0; row + width <= got.size(); row += width) {
     double row_squares = 0;
     bool exact = true;
+    std::uint64_t hash = 0;
     for (std::size_t i = row; i < row + width; ++i) {
       const double z = z_of(expected.value[i], expected.variance[i], got[i], overflow);
       exact = exact && expected.variance[i] == 0;
+      hash = mix(hash ^ std::bit_cast<std::uint64_t>(got[i]));
       // A row that sees nothing is +0, not -0.
       const bool wrong_zero = expected.variance[i] == 0 && expected.value[i] == 0 && std::signbit(got[i]);
       if (wrong_zero && v.failure.empty())
@@ -121,6 +126,7 @@ Verdict compare(const std::string& name, const TensorView& view, const Oracle& e
     }
     if (exact) continue;
     ++v.rows;
+    distinct.insert(hash);
     counted += width;
     sum_squares += row_squares;
     const double row_z = std::sqrt(row_squares / static_cast<double>(width));
@@ -136,7 +142,8 @@ Verdict compare(const std::string& name, const TensorView& view, const Oracle& e
   if (counted == 0) return v;
   const double n = static_cast<double>(counted);
   v.rms = std::sqrt(sum_squares / n);
-  const std::size_t independent = shared ? std::min(v.rows, statistics.independent) : v.rows;
+  const std::size_t independent =
+      shared ? std::min(distinct.size(), statistics.independent) : distinct.size();
   v.bias = std::abs(sum / n) * std::sqrt(static_cast<double>(independent));
   v.rms_error = std::sqrt(error_squares / n);
   const auto refuse = [&](double value, double limit, const char* what) {

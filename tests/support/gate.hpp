@@ -54,7 +54,7 @@ struct Verdict {
 // What the statistics of a whole tensor may assume.
 struct Statistics {
   bool gaussian = false;  // Gaussian inputs
-  // Rows whose errors have nothing in common; 0: all. Keys share the errors of the queries' lse and
+  // Rows whose errors have nothing in common; 0: all that differ. Keys share the errors of the queries' lse and
   // delta, which differ per channel only, so dk and dv have as many as channels, per head and entry.
   std::size_t independent = 0;
 };

@@ -67,6 +67,7 @@ std::string describe(const Shape& s) {
   if (s.key_bits) text << " key_bits";
   if (s.dlse) text << " dlse";
   if (s.strided) text << " strided";
+  if (s.first_entry != 0) text << " first_entry " << s.first_entry;
   if (!s.lse) text << " no_lse";
   return text.str();
 }
@@ -102,7 +103,9 @@ void store(DType dtype, void* data, std::int64_t i, double value) {
 
 // ---- values ----
 
-double Problem::value(Input which, const Place& at) const {
+double Problem::value(Input which, const Place& place) const {
+  Place at = place;
+  at.entry += shape.first_entry;
   const int group = shape.heads_k == 0 ? 1 : shape.heads_q / shape.heads_k;
   const int head_k = which == Input::q ? at.head / group : at.head;
   const auto hash = [&](Input tensor, int entry, int token, int head, int channel) {
@@ -119,7 +122,7 @@ double Problem::value(Input which, const Place& at) const {
       (hash(Input::q, at.entry, -1, head_k, at.channel) & 1) != 0 ? 1. : -1.;
   const double root = std::sqrt(static_cast<double>(shape.head_dim));
   const auto along = [&](double score) { return direction * score / root + 0.3 * n; };
-  const auto keys = [&] { return shape.seqlens_k[static_cast<std::size_t>(at.entry)]; };
+  const auto keys = [&] { return shape.seqlens_k[static_cast<std::size_t>(place.entry)]; };
   const bool q = which == Input::q, k = which == Input::k, v = which == Input::v;
   if (which == Input::sink || which == Input::bias || which == Input::dlse) return n;
 

@@ -66,6 +66,7 @@ struct Shape {
   bool strided = false;  // heads before tokens, gaps, odd strides
   bool lse = true;       // whether the forward returns it
   Inputs inputs = Inputs::gaussian;
+  int first_entry = 0;    // entry e holds the values of entry first_entry + e
 
   int dim_v() const { return head_dim_v != 0 ? head_dim_v : head_dim; }
   bool paged() const { return layout_k == Layout::paged; }
@@ -143,7 +144,7 @@ class Problem {
   void fill_tokens(Input which, const TensorView& view, const std::vector<SideSlice>& side);
   void make_masks(const Side& q, const Side& k);
   void make_bias(Random& random);
-  double value(Input which, const Place& place) const;
+  double value(Input which, const Place& place) const;  // before the override
 
   const Override override_;
   std::vector<std::int32_t> pages_;  // [entry][max_pages]
