@@ -2,12 +2,20 @@
 //
 // Every result is gathered: for one output element, the sum over everything that reaches it.
 //
-//   S_ij = scale * q_i·k_j;   S = softcap * tanh(S / softcap);   S += bias
-//   lse_i = log(sum_j exp S_ij + exp sink);   P_ij = exp(S_ij - lse_i);   keep_ij = 0 or 1 / (1 - p)
-//   out_i = sum_j P_ij keep_ij v_j
-//   dP_ij = keep_ij dout_i·v_j;   delta_i = out_i·dout_i - dlse_i;   dS_ij = P_ij (dP_ij - delta_i)
-//   dq_i = scale sum_j slope_ij dS_ij k_j;   dk_j likewise with q_i;   dv_j = sum_i P_ij keep_ij dout_i
-//   dbias = sum dS_ij over the broadcast axes;   dsink = sum_i exp(sink - lse_i) (-delta_i)
+//   S_ij    = scale q_i·k_j;  with a softcap: softcap tanh(S_ij / softcap);  then + bias_ij
+//   lse_i   = log(sum_j exp S_ij + exp sink)
+//   P_ij    = exp(S_ij - lse_i)
+//   keep_ij = 1, or with dropout 0 or 1 / (1 - p)
+//   out_i   = sum_j keep_ij P_ij v_j
+//
+//   dP_ij   = keep_ij dout_i·v_j
+//   delta_i = dout_i·out_i - dlse_i
+//   dS_ij   = P_ij (dP_ij - delta_i)
+//   dq_i    = scale sum_j slope_ij dS_ij k_j
+//   dk_j    = scale sum_i slope_ij dS_ij q_i
+//   dv_j    = sum_i keep_ij P_ij dout_i
+//   dbias   = sum of dS_ij over the broadcast axes
+//   dsink   = -sum_i exp(sink - lse_i) delta_i
 //
 // where j runs over the keys that row i sees and slope is dS / d(scale * q·k), 1 without softcap.
 // The variances are first order in the roundings; docs/numerics.md derives them.
@@ -22,6 +30,7 @@
 #include "core/philox.hpp"
 #include "core/sequence.hpp"
 #include "core/workspace.hpp"
+#include "cpu/rounded_sums.hpp"
 
 namespace heed {
 
@@ -65,12 +74,12 @@ Rounding rounding_of(const KernelRow& row) {
 
 namespace {
 
-constexpr double kNothing = -std::numeric_limits<double>::infinity();  // the log of an empty sum
+using namespace sums;
 
-double wide(double x) { return x; }
-double wide(float x) { return double{x}; }
-double wide(bf16 x) { return double{to_float(x)}; }
-double wide(f16 x) { return double{to_float(x)}; }
+// lse, dbias and dsink are always fp32.
+double float_variance(double value) { return rho(0x1p-24) * square(value) + square(0x1p-149); }
+
+constexpr double kNothing = -std::numeric_limits<double>::infinity();  // the log of an empty sum
 
 template <class T>
 T narrow(double x) {
@@ -81,106 +90,21 @@ double narrow<double>(double x) {
   return x;
 }
 
-double square(double x) { return x * x; }
-
-// Relative variance of rounding to nearest with unit roundoff u: the error is uniform in half a
-// spacing and the number log-uniform in its binade.
-double rho(double u) { return 0.18 * u * u; }
-
-// A sum, with what its terms' own errors and fp32 additions do to it. The additions round partial
-// sums, which on average reach a third of the square of the whole and of the terms.
-struct Sum {
-  double value = 0;
-  double squares = 0;
-  double variance = 0;
-  double terms = 0;
-
-  void add(double term, double term_variance) {
-    value += term;
-    squares += square(term);
-    variance += term_variance;
-    terms += 1;
-  }
-  double total_variance(double w) const {
-    return variance + w * w * terms / 3 * (value * value + squares);
-  }
-};
-
-struct Dot {
-  double value = 0;
-  double squares = 0;
-  double size = 0;  // sum |a b|
-
-  // Variance when added up one product at a time.
-  double variance(double w, int terms) const {
-    return w * w * terms / 3 * (value * value + squares);
-  }
-};
-
-template <class A, class B>
-Dot dot(const A* a, const B* b, std::int64_t count) {
-  constexpr std::size_t kParts = 4;  // independent sums, because a compiler must not reorder one
-  std::array<Dot, kParts> parts;
-  const auto add = [&](std::size_t part, std::int64_t c) {
-    const double x = wide(a[c]) * wide(b[c]);
-    parts[part].value += x;
-    parts[part].squares += x * x;
-    parts[part].size += std::abs(x);
-  };
-  std::int64_t c = 0;
-  for (; c + std::int64_t{kParts} <= count; c += kParts)
-    for (std::size_t part = 0; part < kParts; ++part) add(part, c + static_cast<int>(part));
-  for (; c < count; ++c) add(0, c);
-  const auto total = [&](double Dot::*field) {
-    return (parts[0].*field + parts[1].*field) + (parts[2].*field + parts[3].*field);
-  };
-  return {total(&Dot::value), total(&Dot::squares), total(&Dot::size)};
-}
-
-// `Sum` for every channel of a row.
-struct ChannelSums {
-  double* value;
-  double* squares;
-  double* variance;
-  std::int64_t channels;
-  double terms;
-
-  void clear() {
-    terms = 0;
-    for (double* x : {value, squares, variance}) std::fill_n(x, channels, 0.);
-  }
-  // Adds factor * x[c], where the factor is known up to a variance.
-  template <class T>
-  void add(double factor, double factor_variance, const T* x) {
-    terms += 1;
-    for (std::int64_t c = 0; c < channels; ++c) {
-      const double channel = wide(x[c]);
-      const double term = factor * channel;
-      value[c] += term;
-      squares[c] += term * term;
-      variance[c] += factor_variance * channel * channel;
-    }
-  }
-  double total_variance(std::int64_t c, double w) const {
-    return variance[c] + w * w * terms / 3 * (square(value[c]) + squares[c]);
-  }
-};
-
 // The score of one row and key.
 struct Logit {
   int key;
-  double value;           // S
-  double slope;           // dS / d(scale * q·k)
-  double variance;        // of S and of the exponent made from it
+  double value;     // S
+  double slope;     // dS / d(scale * q·k)
+  double variance;  // of S and of the exponent made from it
   double slope_variance;
-  double size;            // scale * sum_c |q_c k_c|
+  double size;  // scale * sum_c |q_c k_c|
 };
 
 // What the backward has to know about a row.
 struct RowStats {
   double lse;
   double lse_variance;
-  double delta;           // out·dout - dlse
+  double delta;  // out·dout - dlse
   double delta_variance;
 };
 
@@ -200,8 +124,8 @@ struct Scratch {
       : logits(memory.add<Logit>(max_seqlen_k(p))),
         sums(channel_sums(memory, std::max(p.q.head_dim(), p.v.head_dim()))),
         more_sums(channel_sums(memory, std::max(p.q.head_dim(), p.v.head_dim()))),
-        rows(!backward ? nullptr
-                       : memory.add<RowStats>(p.q.batch() * p.q.heads() * p.q.seqlen())) {}
+        rows(!backward ? nullptr : memory.add<RowStats>(p.q.batch() * p.q.heads() * p.q.seqlen())) {
+  }
 };
 
 // Where a result goes: the tensor of a registry row, or the arrays of the oracle.
@@ -244,8 +168,8 @@ struct Reference {
   const ForwardProblem& p;
   const Rounding& rounding;
   Scratch& scratch;
-  double scale = p.score.scale ? double{*p.score.scale}
-                               : 1 / std::sqrt(static_cast<double>(p.q.head_dim()));
+  double scale =
+      p.score.scale ? double{*p.score.scale} : 1 / std::sqrt(static_cast<double>(p.q.head_dim()));
   double softcap = double{p.score.softcap};
   double w = rounding.accumulate;
   int entries = static_cast<int>(batch_entries(p));
@@ -299,9 +223,8 @@ struct Reference {
     }
     const std::int64_t slot = at.k.slot + key;
     if (p.intervals.rows != nullptr) {
-      const std::int32_t* interval = p.intervals.rows +
-                                     at.q.batch * p.intervals.rows_batch_stride +
-                                     2 * (at.q.token + row);
+      const std::int32_t* interval =
+          p.intervals.rows + at.q.batch * p.intervals.rows_batch_stride + 2 * (at.q.token + row);
       if (slot < interval[0] || slot >= interval[1]) return false;
     }
     if (p.intervals.bits != nullptr) {
@@ -314,7 +237,9 @@ struct Reference {
     return bias_at(at, head, row, key) != kNothing;
   }
 
-  double sink_of(std::int64_t head) const { return p.sink != nullptr ? wide(p.sink[head]) : kNothing; }
+  double sink_of(std::int64_t head) const {
+    return p.sink != nullptr ? wide(p.sink[head]) : kNothing;
+  }
 
   // What dropout multiplies P by.
   double keep(const SequenceSlice& at, std::int64_t head, int row, int key) const {
@@ -331,7 +256,11 @@ struct Reference {
   Logit logit(const SequenceSlice& at, std::int64_t head, int row, int key) const {
     const std::int64_t head_dim = p.q.head_dim();
     const Dot qk = dot(row_at(p.q, at.q, head, row), key_at(p.k, at, head, key), head_dim);
-    Logit s{.key = key, .value = scale * qk.value, .slope = 1, .variance = 0, .slope_variance = 0,
+    Logit s{.key = key,
+            .value = scale * qk.value,
+            .slope = 1,
+            .variance = 0,
+            .slope_variance = 0,
             .size = scale * qk.size};
     s.variance = square(scale) * qk.variance(w, static_cast<int>(head_dim)) + square(w * s.value);
     if (softcap > 0) {
@@ -370,13 +299,14 @@ struct Reference {
   // Logarithm of the sum of the row's exponentials, and its variance.
   RowStats softmax(std::int64_t head, int count) const {
     const double sink = sink_of(head);
+    if (count == 0 && sink == kNothing)
+      return {.lse = kNothing, .lse_variance = 0, .delta = 0, .delta_variance = 0};
     double max = sink;
     for (int i = 0; i < count; ++i) max = std::max(max, scratch.logits[i].value);
-    if (max == kNothing) return {.lse = kNothing, .lse_variance = 0, .delta = 0, .delta_variance = 0};
     double sum = std::exp(sink - max);
     for (int i = 0; i < count; ++i) sum += std::exp(scratch.logits[i].value - max);
     const double lse = max + std::log(sum);
-    double variance = square(w) * (square(lse) + square(max) + 4) + rho(0x1p-24) * square(lse);
+    double variance = square(w) * (square(lse) + square(max) + 4) + float_variance(lse);
     for (int i = 0; i < count; ++i)
       variance += square(std::exp(scratch.logits[i].value - lse)) * scratch.logits[i].variance;
     variance += sink_variance(head, lse);
@@ -404,7 +334,8 @@ struct Reference {
   double normaliser_variance(std::int64_t head, int count, const RowStats& stats) const {
     double variance = 4 * square(w) + sink_variance(head, stats.lse);
     for (int i = 0; i < count; ++i)
-      variance += square(std::exp(scratch.logits[i].value - stats.lse)) * scratch.logits[i].variance;
+      variance +=
+          square(std::exp(scratch.logits[i].value - stats.lse)) * scratch.logits[i].variance;
     return variance;
   }
 
@@ -453,14 +384,14 @@ struct Reference {
 
   // The gradient of the score of one row and key.
   struct Gradient {
-    double probability;      // P
-    double weight;           // keep * P
+    double probability;  // P
+    double weight;       // keep * P
     double weight_variance;
-    double dbias;            // dS
-    double dbias_variance;   // of what no other key of the row shares
-    double dscore;           // slope * dS
+    double dbias;           // dS
+    double dbias_variance;  // of what no other key of the row shares
+    double dscore;          // slope * dS
     double dscore_variance;
-    double per_delta;        // slope * P = -d dscore / d delta
+    double per_delta;  // slope * P = -d dscore / d delta
   };
 
   Gradient gradient(const SequenceSlice& at, std::int64_t head, int row, const Logit& s,
@@ -506,17 +437,15 @@ struct Reference {
       const Logit& s = scratch.logits[i];
       const double weight = std::exp(s.value - stats.lse);
       const double kept = keep(at, head, row, s.key);
-      const double dprobability =
-          kept * dot(g, key_at(p.v, at, head, s.key), head_dim_v).value;
-      stats.delta_variance +=
-          square(weight) * (square(dprobability) * rho(rounding.operand) +
-                            square(dprobability - og.value) * s.variance);
+      const double dprobability = kept * dot(g, key_at(p.v, at, head, s.key), head_dim_v).value;
+      stats.delta_variance += square(weight) * (square(dprobability) * rho(rounding.operand) +
+                                                square(dprobability - og.value) * s.variance);
     }
     for (std::int64_t c = 0; c < head_dim_v; ++c) {
-      const double additions = w * w * scratch.sums.terms / 3 *
-                               (square(out[c]) + scratch.sums.squares[c]);
-      stats.delta_variance +=
-          square(wide(g[c])) * (additions + square(out[c]) * rho(rounding.delta) + floor_variance());
+      const double additions =
+          w * w * scratch.sums.terms / 3 * (square(out[c]) + scratch.sums.squares[c]);
+      stats.delta_variance += square(wide(g[c])) *
+                              (additions + square(out[c]) * rho(rounding.delta) + floor_variance());
     }
     return stats;
   }
@@ -619,16 +548,15 @@ struct Reference {
                   const RowStats& stats = stats_at(at, head, row);
                   const Gradient g =
                       gradient(at, head, row, logit(at, head, row, static_cast<int>(key)), stats);
-                  sum.add(g.dbias, g.dbias_variance +
-                                       square(g.probability) * stats.delta_variance +
+                  sum.add(g.dbias, g.dbias_variance + square(g.probability) * stats.delta_variance +
                                        square(g.dbias) * stats.lse_variance);
                 }
               }
             }
-            const double variance = sum.terms == 0 ? 0
-                                                   : sum.total_variance(w) +
-                                                         square(sum.value) * rho(0x1p-24) +
-                                                         square(rounding.flush);
+            const double variance =
+                sum.terms == 0
+                    ? 0
+                    : sum.total_variance(w) + float_variance(sum.value) + square(rounding.flush);
             dbias.put(b, h, r, slot, sum.value, variance);
           }
   }
@@ -643,17 +571,16 @@ struct Reference {
           const RowStats& stats = stats_at(at, head, row);
           const double probability = std::exp(sink - stats.lse);
           sum.add(-probability * stats.delta,
-                  square(probability) *
-                          (stats.delta_variance +
-                           square(stats.delta) * (stats.lse_variance +
-                                                  square(w) * (4 + square(sink)))) +
+                  square(probability) * (stats.delta_variance +
+                                         square(stats.delta) * (stats.lse_variance +
+                                                                square(w) * (4 + square(sink)))) +
                       square(rounding.flush));
         }
       }
       if (dsink != nullptr) dsink[head] = static_cast<float>(sum.value);
       if (expected.value != nullptr) expected.value[head] = sum.value;
       if (expected.variance != nullptr)
-        expected.variance[head] = sum.total_variance(w) + square(sum.value) * rho(0x1p-24);
+        expected.variance[head] = sum.total_variance(w) + float_variance(sum.value);
     }
   }
 };
@@ -699,8 +626,8 @@ Status run_forward(const Plan& plan, const ForwardProblem& p, Workspace memory, 
 
 template <class T>
 Status run_backward(const Plan& plan, const BackwardProblem& b, Workspace memory, Queue) {
-  backward<T>(b, rounding_of(*plan.row), {b.dq, {}}, {b.dk, {}}, {b.dv, {}}, {b.dbias, {}},
-              b.dsink, {}, memory);
+  backward<T>(b, rounding_of(*plan.row), {b.dq, {}}, {b.dk, {}}, {b.dv, {}}, {b.dbias, {}}, b.dsink,
+              {}, memory);
   return {};
 }
 

@@ -1,4 +1,5 @@
-// The oracle: fp64 results of a problem, and the rounding variance a kernel may add to each of them.
+// The oracle: fp64 results of a problem, and the rounding variance a kernel may add to each of
+// them.
 #pragma once
 
 #include <cstddef>

@@ -64,7 +64,8 @@ TEST_P(Half, RoundsToNearestEvenAtEveryBoundary) {
   for (std::uint32_t low = 0; low < largest; ++low) {
     const float a = f.to_float(static_cast<std::uint16_t>(low));
     const float b = f.to_float(static_cast<std::uint16_t>(low + 1));
-    const auto middle = static_cast<float>((double{a} + double{b}) / 2);  // exact: f32 has spare bits
+    const auto middle =
+        static_cast<float>((double{a} + double{b}) / 2);  // exact: f32 has spare bits
     for (const float sign : {1.f, -1.f}) {
       const std::uint32_t sign_bit = sign < 0 ? 0x8000u : 0;
       const auto expect = [&](float x, std::uint32_t want) {
@@ -107,8 +108,9 @@ TEST(HalfAgainstTheCompiler, RandomFloats) {
 }
 #endif
 
-INSTANTIATE_TEST_SUITE_P(Formats, Half, testing::Values(&kBf16, &kF16),
-                         [](const auto& format) { return format.param == &kBf16 ? "bf16" : "f16"; });
+INSTANTIATE_TEST_SUITE_P(Formats, Half, testing::Values(&kBf16, &kF16), [](const auto& format) {
+  return format.param == &kBf16 ? "bf16" : "f16";
+});
 
 }  // namespace
 }  // namespace heed

@@ -36,12 +36,14 @@ SequenceSlice slice(int seqlen_q, int seqlen_k) {
   return {0, {0, 0, seqlen_q, 0}, {0, 0, seqlen_k, 0}};
 }
 
-std::string text(const Band& band, int seqlen_q, int seqlen_k, int begin, int end, const TileRange& r) {
+std::string text(const Band& band, int seqlen_q, int seqlen_k, int begin, int end,
+                 const TileRange& r) {
   const auto number = [](int x) { return std::to_string(x); };
-  return "left " + number(band.left) + " right " + number(band.right) + " chunk " + number(band.chunk) +
-         " seqlen_q " + number(seqlen_q) + " seqlen_k " + number(seqlen_k) + " tile [" + number(begin) +
-         ", " + number(end) + "): [" + number(r.begin) + ", " + number(r.end) + ") interior [" +
-         number(r.interior_begin) + ", " + number(r.interior_end) + ")";
+  return "left " + number(band.left) + " right " + number(band.right) + " chunk " +
+         number(band.chunk) + " seqlen_q " + number(seqlen_q) + " seqlen_k " + number(seqlen_k) +
+         " tile [" + number(begin) + ", " + number(end) + "): [" + number(r.begin) + ", " +
+         number(r.end) + ") interior [" + number(r.interior_begin) + ", " + number(r.interior_end) +
+         ")";
 }
 
 // What a tile's range must be, by trying every pair. `sees(line, other)`: line in [begin, end).
@@ -142,7 +144,8 @@ TEST(Mask, ExtremeIntervalsDoNotOverflow) {
 }
 
 TEST(Mask, ValidityBitsCountSlots) {
-  const std::uint32_t bits[] = {0xFFFFFFFFu, 0xFFFFFFFFu, 0x80000001u, 0x2u};  // two entries, two words
+  const std::uint32_t bits[] = {0xFFFFFFFFu, 0xFFFFFFFFu, 0x80000001u,
+                                0x2u};  // two entries, two words
   const KeyIntervals intervals{.bits = bits, .bits_batch_stride = 2, .bits_words = 2};
   const SequenceSlice at{1, {1, 0, 1, 0}, {1, 3, 70, 3}};
   for (int key = 0; key < 70; ++key) {

@@ -68,8 +68,8 @@ TEST(SoftmaxState, SplittingAnywhereGivesTheSameLse) {
   };
   const SoftmaxState whole = state_of(0, scores.size());
   for (std::size_t at = 0; at <= scores.size(); at += 13)
-    EXPECT_NEAR(natural_lse(merge(state_of(0, at), state_of(at, scores.size()))), natural_lse(whole),
-                2e-6 * std::abs(natural_lse(whole)));
+    EXPECT_NEAR(natural_lse(merge(state_of(0, at), state_of(at, scores.size()))),
+                natural_lse(whole), 2e-6 * std::abs(natural_lse(whole)));
 }
 
 TEST(SoftmaxState, ExtremesStayFiniteAndNanStaysNan) {

@@ -30,21 +30,43 @@ TEST_P(Decode, EveryKernelMatchesTheOracle) {
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, Decode, testing::ValuesIn(decode_shapes()), test_name);
 
+// Every pair of lengths around the vector, panel and tile sizes.
+TEST(Sweep, LengthsAroundEveryTileSize) {
+  CheckOptions options;
+  options.dtypes = {DType::f32, DType::bf16};
+  options.compare_naive = false;
+  const int lengths[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 95, 96, 97, 191, 193};
+  for (const int queries : lengths)
+    for (const int keys : lengths) {
+      Shape shape;
+      shape.name = "sweep";
+      shape.seqlens_q = {queries};
+      shape.seqlens_k = {keys};
+      shape.head_dim = 8;
+      shape.band = (queries + keys) % 2 == 0 ? kCausal : kFull;
+      shape.inputs = queries % 3 == 0 ? Inputs::planted_max : Inputs::gaussian;
+      check_shape(shape, 1, options);
+      if (HasFailure()) return;
+    }
+}
+
 // A kernel that no shape reaches would pass everything.
 TEST(Coverage, EveryRowServesManyShapes) {
   std::map<const KernelRow*, int> served;
   for (const auto* shapes : {&curated_shapes(), &decode_shapes()})
     for (const Shape& shape : *shapes)
-      for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+      for (const DType dtype : kDTypes) {
         const Problem problem(shape, dtype, 1);
-        for (const KernelRow* row : runnable_rows()) served[row] += serves(*row, problem) ? 1 : 0;
+        for (const KernelRow* row : runnable_rows(dtype))
+          served[row] += serves(*row, problem) ? 1 : 0;
       }
   for (const KernelRow* row : runnable_rows()) EXPECT_GE(served[row], 20) << name_of(*row);
 }
 
 TEST(Coverage, NamesAreUnique) {
   std::set<std::string> names;
-  for (const KernelRow& row : registry()) EXPECT_TRUE(names.insert(name_of(row)).second) << name_of(row);
+  for (const KernelRow& row : registry())
+    EXPECT_TRUE(names.insert(name_of(row)).second) << name_of(row);
 }
 
 // The problems would prove little if most results were exactly 0.

@@ -61,7 +61,8 @@ TEST(Reference, GradientsAreFiniteDifferences) {
     if (shape.paged() || shape.head_dim > 64 || shape.dim_v() > 64) continue;
     if (shape.inputs != Inputs::integers) shape.inputs = Inputs::gaussian;
     if (shape.bias == BiasKind::f32) shape.bias = BiasKind::tensor;
-    if (shape.sinks == Sinks::mixed || shape.sinks == Sinks::minus_infinity) shape.sinks = Sinks::zero;
+    if (shape.sinks == Sinks::mixed || shape.sinks == Sinks::minus_infinity)
+      shape.sinks = Sinks::zero;
     const Problem p(shape, DType::f64, seed);
     SCOPED_TRACE(describe(shape));
     const BackwardOracle o = oracle(p.backward, kExact);
@@ -88,8 +89,9 @@ TEST(Reference, SumsOfGradients) {
   shape.head_dim = 8;
   shape.bias = BiasKind::tensor;
   shape.band = kCausal;
-  const Problem p(shape, DType::f64, 3, Poison::nan,
-                  [](Input which, Place, double x) { return which == Input::bias && x < -9 ? 0. : x; });
+  const Problem p(shape, DType::f64, 3, Poison::nan, [](Input which, Place, double x) {
+    return which == Input::bias && x < -9 ? 0. : x;
+  });
   const BackwardOracle o = oracle(p.backward, kExact);
   for (std::size_t row = 0; row < 60; ++row) {
     double sum = 0;
@@ -109,7 +111,8 @@ TEST(Reference, SumsOfGradients) {
   }
 }
 
-// The predicted variance is that of the errors: rounding the inputs of the model is not its business.
+// The predicted variance is that of the errors: rounding the inputs of the model is not its
+// business.
 TEST(Reference, VarianceIsZeroOnlyWhereNothingIsSeen) {
   Shape shape;
   shape.seqlens_q = {40};
@@ -117,8 +120,14 @@ TEST(Reference, VarianceIsZeroOnlyWhereNothingIsSeen) {
   shape.band = kCausal;
   shape.head_dim = 8;
   const Problem p(shape, DType::f32, 3);
-  const Rounding rounding{.tensor = 0x1p-24, .operand = 0x1p-24, .delta = 0x1p-24, .accumulate = 0x1p-24,
-                          .exp_ulp = 2, .tanh_ulp = 4, .flush = 0x1p-125, .smallest = 0x1p-149};
+  const Rounding rounding{.tensor = 0x1p-24,
+                          .operand = 0x1p-24,
+                          .delta = 0x1p-24,
+                          .accumulate = 0x1p-24,
+                          .exp_ulp = 2,
+                          .tanh_ulp = 4,
+                          .flush = 0x1p-125,
+                          .smallest = 0x1p-149};
   const ForwardOracle o = oracle(p.forward, rounding);
   for (std::size_t i = 0; i < o.out.value.size(); ++i) {
     const bool blind = i / 8 < 25;  // the first 25 of 40 rows stand before the first key

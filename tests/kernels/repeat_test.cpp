@@ -14,16 +14,17 @@ TEST(Repeat, ThreadsDoNotChangeABit) {
   for (const auto& all : {curated_shapes(), decode_shapes()})
     for (std::size_t i = 0; i < all.size(); i += 9) shapes.push_back(all[i]);
   for (const Shape& shape : shapes)
-    for (const KernelRow* row : runnable_rows()) {
-      if (row->arch == Arch::reference) continue;  // one thread always
-      Problem p(shape, row->dtype, 4);
-      if (!serves(*row, p)) continue;
-      run_checked(*row, p, {.workers = 1, .splits = 2});
-      const std::vector<double> one = outputs_of(*row, p);
-      for (const int workers : {1, 2, 5}) {
-        run_checked(*row, p, {.workers = workers, .splits = 2});
-        EXPECT_EQ(difference(one, outputs_of(*row, p)), "")
-            << label(*row, shape, 4) << ", " << workers << " workers";
+    for (const DType dtype : kDTypes) {
+      Problem p(shape, dtype, 4);
+      for (const KernelRow* row : runnable_rows(dtype)) {
+        if (row->arch == Arch::reference) continue;  // one thread always
+        if (!run_checked(*row, p, {.workers = 1, .splits = 2})) continue;
+        const std::vector<double> one = outputs_of(*row, p);
+        for (const int workers : {1, 2, 5}) {
+          run_checked(*row, p, {.workers = workers, .splits = 2});
+          EXPECT_EQ(difference(one, outputs_of(*row, p)), "")
+              << label(*row, shape, 4) << ", " << workers << " workers";
+        }
       }
     }
 }
@@ -50,7 +51,8 @@ TEST(Repeat, SplitKeysMergeWithinTheRule) {
           ASSERT_TRUE(made.ok()) << made.status().message();
           EXPECT_EQ(made->splits, splits) << name;  // else the test proves nothing
           run_checked(*row, p, {.workers = 2, .splits = splits});
-          EXPECT_EQ(compare("out", p.forward.out, expected.out, values(p.forward.out), {}).failure, "")
+          EXPECT_EQ(compare("out", p.forward.out, expected.out, values(p.forward.out), {}).failure,
+                    "")
               << label(*row, shape, 6) << ", " << splits << " splits";
           EXPECT_EQ(compare_lse(p.forward, expected).failure, "")
               << label(*row, shape, 6) << ", " << splits << " splits";
@@ -67,7 +69,10 @@ TEST(Repeat, HalvesOfTheKeysCombineByTheirLse) {
   shape.seqlens_k = {200};
   shape.head_dim = 32;
   for (const KernelRow* row : runnable_rows()) {
-    if (row->pass != Pass::forward || row->dtype != DType::f32) continue;
+    // The reference row stores rounded halves too, which its own model of one rounding does not
+    // cover.
+    if (row->pass != Pass::forward || row->dtype != DType::f32 || row->arch == Arch::reference)
+      continue;
     Problem whole(shape, row->dtype, 8), part(shape, row->dtype, 8);
     const ForwardOracle expected = oracle(whole.forward, rounding_of(*row));
     for (const int at : {1, 96, 130, 199}) {
@@ -120,7 +125,8 @@ TEST(Repeat, ChunkedPrefillEqualsOneShot) {
       Problem p(step, row->dtype, 8, Poison::nan, [&](Input which, Place at, double x) {
         if (which != Input::q) return x;
         const ConstTensorView& q = once.forward.q;
-        return load(q.dtype, q.data, (first + at.token) * q.stride[1] + at.head * q.stride[2] + at.channel);
+        return load(q.dtype, q.data,
+                    (first + at.token) * q.stride[1] + at.head * q.stride[2] + at.channel);
       });
       run_checked(*row, p);
       const std::vector<double> got = p.tokens(p.forward.out, p.q_slices);

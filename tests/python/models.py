@@ -318,6 +318,10 @@ def available(name: str) -> Tiny:
             f"{tiny.architecture} attends through AttentionInterface since Transformers "
             f"{tiny.since}, this is {transformers.__version__}"
         )
+    try:
+        getattr(transformers, tiny.architecture)
+    except ImportError as error:
+        pytest.skip(f"{tiny.architecture} of Transformers {transformers.__version__}: {error}")
     return tiny
 
 
@@ -325,7 +329,8 @@ def build(tiny: Tiny, attention: str, seed: int = 0, dtype: torch.dtype = torch.
     """The model in eval mode; equal seeds give equal weights, large enough for attention to matter."""
     torch.manual_seed(seed)
     config = tiny.config()
-    config._experts_implementation = "eager"  # the others compute in no float64
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # the others know no float64
     for key, value in changes.items():
         setattr(config, key, value)
     model = getattr(transformers, tiny.architecture)._from_config(

@@ -40,7 +40,8 @@ Buffer::Buffer(std::size_t bytes, bool flush_right, std::size_t alignment) : siz
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const std::size_t inner = std::max(page, (bytes + page - 1) / page * page);
   map_bytes_ = inner + 2 * page;
-  void* map = mmap(nullptr, map_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* map =
+      mmap(nullptr, map_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (map == MAP_FAILED) std::abort();
   map_ = static_cast<std::byte*>(map);
   if (mprotect(map_ + page, inner, PROT_READ | PROT_WRITE) != 0) std::abort();

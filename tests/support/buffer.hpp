@@ -1,4 +1,5 @@
-// Memory that notices: an inaccessible page on either side, canaries in what remains of its own pages.
+// Memory that notices: an inaccessible page on either side, canaries in what remains of its own
+// pages.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +16,8 @@ enum class Poison { nan, infinity, huge };
 class Buffer {
  public:
   Buffer() = default;
-  // `bytes` exactly: flush with the page after it (then `alignment` bounds the base from below only by
-  // what the size leaves), or with the page before it.
+  // `bytes` exactly: flush with the page after it (then `alignment` bounds the base from below only
+  // by what the size leaves), or with the page before it.
   Buffer(std::size_t bytes, bool flush_right, std::size_t alignment = 8);
   ~Buffer();
   Buffer(Buffer&& other) noexcept { *this = static_cast<Buffer&&>(other); }

@@ -66,7 +66,8 @@ class Checker {
       }
     }
     const std::string changed = difference(outputs_of(row, first_), outputs_of(row, second_));
-    EXPECT_EQ(changed, "") << "what must not be read, or the prefill of outputs and workspace, matters";
+    EXPECT_EQ(changed, "")
+        << "what must not be read, or the prefill of outputs and workspace, matters";
     if (row.arch == Arch::reference) {
       check_exact(row);
     } else if (row.pass == Pass::backward) {
@@ -105,9 +106,9 @@ class Checker {
     const std::vector<double> got = values(view);
     const bool of_keys = name == "dk" || name == "dv";
     const auto sequences = static_cast<std::size_t>(shape_.heads_k) * shape_.seqlens_k.size();
-    const Verdict v = compare(
-        name, view, expected, got,
-        {gaussian(), of_keys ? static_cast<std::size_t>(view.head_dim()) * sequences : 0});
+    const Verdict v =
+        compare(name, view, expected, got,
+                {gaussian(), of_keys ? static_cast<std::size_t>(view.head_dim()) * sequences : 0});
     EXPECT_EQ(v.failure, "");
     record(row, name, v);
     if (naive == nullptr || v.rows == 0) return;
@@ -202,8 +203,7 @@ int check_shape(const Shape& shape, std::uint64_t seed, const CheckOptions& opti
   int ran = 0;
   for (const DType dtype : options.dtypes) {
     std::unique_ptr<Checker> checker;
-    for (const KernelRow* row : runnable_rows()) {
-      if (row->dtype != dtype) continue;
+    for (const KernelRow* row : runnable_rows(dtype)) {
       if (checker == nullptr) checker = std::make_unique<Checker>(shape, dtype, seed, options);
       if (checker->run(*row)) ++ran;
     }
@@ -213,14 +213,16 @@ int check_shape(const Shape& shape, std::uint64_t seed, const CheckOptions& opti
 
 void print_summary() {
   if (tallies().empty()) return;
-  std::printf("\nWorst error in standard deviations of the rounding model, and beside it the common rule\n"
-              "\"at most twice the error of the naive composition\" (which gates nothing here).\n"
-              "%-28s %-6s %9s %7s %7s %7s %7s  %-14s %s\n", "kernel", "tensor", "problems", "max z",
-              "row z", "rms z", "bias", "ours / naive", "naive rule broken");
+  std::printf(
+      "\nWorst error in standard deviations of the rounding model, and beside it the common rule\n"
+      "\"at most twice the error of the naive composition\" (which gates nothing here).\n"
+      "%-28s %-6s %9s %7s %7s %7s %7s  %-14s %s\n",
+      "kernel", "tensor", "problems", "max z", "row z", "rms z", "bias", "ours / naive",
+      "naive rule broken");
   for (auto& [kernel, tensors] : tallies())
     for (auto& [tensor, t] : tensors) {
-      std::printf("%-28s %-6s %9d %7.2f %7.2f %7.2f %7.2f  ", kernel.c_str(), tensor.c_str(), t.problems,
-                  t.worst, t.worst_row, t.rms, t.bias);
+      std::printf("%-28s %-6s %9d %7.2f %7.2f %7.2f %7.2f  ", kernel.c_str(), tensor.c_str(),
+                  t.problems, t.worst, t.worst_row, t.rms, t.bias);
       if (t.ratios.empty()) {
         std::printf("%-14s ", "-");
       } else {

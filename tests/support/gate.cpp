@@ -96,7 +96,6 @@ Verdict compare(const std::string& name, const TensorView& view, const Oracle& e
   const double overflow = overflow_of(view.dtype);
   const auto width = static_cast<std::size_t>(view.head_dim());
   if (width == 0) return v;  // a bias over no keys
-  if (width == 0) return v;
   double sum_squares = 0, sum = 0, error_squares = 0;
   std::size_t counted = 0, worst_at = 0, worst_row_at = 0;
   std::unordered_set<std::uint64_t> distinct;  // rows that are alike share their rounding errors
@@ -109,7 +108,8 @@ Verdict compare(const std::string& name, const TensorView& view, const Oracle& e
       exact = exact && expected.variance[i] == 0;
       hash = mix(hash ^ std::bit_cast<std::uint64_t>(got[i]));
       // A row that sees nothing is +0, not -0.
-      const bool wrong_zero = expected.variance[i] == 0 && expected.value[i] == 0 && std::signbit(got[i]);
+      const bool wrong_zero =
+          expected.variance[i] == 0 && expected.value[i] == 0 && std::signbit(got[i]);
       if (wrong_zero && v.failure.empty())
         v.failure = fail(name, coordinates(view, i), 0, got[i], 0, "which must be +0");
       if (std::abs(z) > v.worst) {
@@ -136,9 +136,10 @@ Verdict compare(const std::string& name, const TensorView& view, const Oracle& e
     }
   }
   if (v.failure.empty() && v.worst > kElementLimit)
-    v.failure = fail(name, coordinates(view, worst_at), expected.value[worst_at], got[worst_at],
-                     std::sqrt(expected.variance[worst_at]),
-                     "z = " + std::to_string(v.worst) + " (limit " + std::to_string(kElementLimit) + ")");
+    v.failure =
+        fail(name, coordinates(view, worst_at), expected.value[worst_at], got[worst_at],
+             std::sqrt(expected.variance[worst_at]),
+             "z = " + std::to_string(v.worst) + " (limit " + std::to_string(kElementLimit) + ")");
   if (counted == 0) return v;
   const double n = static_cast<double>(counted);
   v.rms = std::sqrt(sum_squares / n);
@@ -163,8 +164,8 @@ Verdict compare(const std::string& name, const TensorView& view, const Oracle& e
 Verdict compare_lse(const ForwardProblem& p, const ForwardOracle& expected) {
   Verdict v;
   if (p.lse == nullptr) return v;
-  const TensorView view = contiguous(p.lse, DType::f32,
-                                     std::array<std::int64_t, 4>{p.q.batch(), p.q.heads(), p.q.seqlen(), 1});
+  const TensorView view = contiguous(
+      p.lse, DType::f32, std::array<std::int64_t, 4>{p.q.batch(), p.q.heads(), p.q.seqlen(), 1});
   double squares = 0;
   for (std::size_t i = 0; i < rows_of(p); ++i) {
     const double want = expected.lse.value[i], got = double{p.lse[i]};
@@ -182,8 +183,9 @@ Verdict compare_lse(const ForwardProblem& p, const ForwardOracle& expected) {
     const std::string where = coordinates(view, i);
     const double sigma = std::sqrt(expected.lse.variance[i]);
     if (std::abs(z) > kLseLimit)
-      v.failure = fail("lse", where, want, got, sigma,
-                       "z = " + std::to_string(std::abs(z)) + " (limit " + std::to_string(kLseLimit) + ")");
+      v.failure =
+          fail("lse", where, want, got, sigma,
+               "z = " + std::to_string(std::abs(z)) + " (limit " + std::to_string(kLseLimit) + ")");
     else if (relative > kLseRelative)
       v.failure = fail("lse", where, want, got, sigma,
                        "relative error " + std::to_string(relative * 1e6) + "e-6 (limit 2e-6)");
@@ -194,8 +196,8 @@ Verdict compare_lse(const ForwardProblem& p, const ForwardOracle& expected) {
 
 Verdict compare_dsink(const BackwardProblem& p, const BackwardOracle& expected) {
   if (p.dsink == nullptr) return {};
-  const TensorView view = contiguous(p.dsink, DType::f32,
-                                     std::array<std::int64_t, 3>{p.forward.q.heads(), 1, 1});
+  const TensorView view =
+      contiguous(p.dsink, DType::f32, std::array<std::int64_t, 3>{p.forward.q.heads(), 1, 1});
   return compare("dsink", view, expected.dsink, values(view), {});
 }
 

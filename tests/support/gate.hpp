@@ -1,4 +1,5 @@
-// The acceptance rule of docs/numerics.md: every element within the error its rounding model allows.
+// The acceptance rule of docs/numerics.md: every element within the error its rounding model
+// allows.
 #pragma once
 
 #include <string>
@@ -10,14 +11,16 @@
 namespace heed::test {
 
 // Limits in standard deviations of the model.
-inline constexpr double kElementLimit = 7;     // any element
-inline constexpr double kRowLimit = 5;         // rms over a row of at least 8 elements
-inline constexpr double kTensorLimit = 3;      // rms over a tensor, any inputs
-inline constexpr double kGaussianLimit = 1.4;  // rms over a tensor of at least 128 rows, Gaussian inputs
-inline constexpr double kBiasLimit = 6;        // |mean| * sqrt(independent rows), any inputs
+inline constexpr double kElementLimit = 7;  // any element
+inline constexpr double kRowLimit = 5;      // rms over a row of at least 8 elements
+inline constexpr double kTensorLimit = 3;   // rms over a tensor, any inputs
+inline constexpr double kGaussianLimit =
+    1.4;                                 // rms over a tensor of at least 128 rows, Gaussian inputs
+inline constexpr double kBiasLimit = 6;  // |mean| * sqrt(independent rows), any inputs
 inline constexpr double kGaussianBiasLimit = 2;  // out and dq of at least 128 rows of 64 elements
 inline constexpr double kLseLimit = 8;
-inline constexpr double kLseRelative = 2e-6;  // of max(1, |lse|, the row's largest scale * sum |q k|)
+inline constexpr double kLseRelative =
+    2e-6;  // of max(1, |lse|, the row's largest scale * sum |q k|)
 
 // One result of the oracle, row-major over the tensor's logical shape.
 struct Oracle {
@@ -54,12 +57,14 @@ struct Verdict {
 // What the statistics of a whole tensor may assume.
 struct Statistics {
   bool gaussian = false;  // Gaussian inputs
-  // Rows whose errors have nothing in common; 0: all that differ. Keys share the errors of the queries' lse and
-  // delta, which differ per channel only, so dk and dv have as many as channels, per head and entry.
+  // Rows whose errors have nothing in common; 0: all that differ. Keys share the errors of the
+  // queries' lse and delta, which differ per channel only, so dk and dv have as many as channels,
+  // per head and entry.
   std::size_t independent = 0;
 };
 
-// `got` in logical order; `view` gives coordinates and dtype. Statistics over rows of the last axis.
+// `got` in logical order; `view` gives coordinates and dtype. Statistics over rows of the last
+// axis.
 Verdict compare(const std::string& name, const TensorView& view, const Oracle& expected,
                 const std::vector<double>& got, const Statistics& statistics);
 Verdict compare_lse(const ForwardProblem& problem, const ForwardOracle& expected);
@@ -68,8 +73,8 @@ Verdict compare_dsink(const BackwardProblem& problem, const BackwardOracle& expe
 // Elements of a tensor in logical order.
 std::vector<double> values(const TensorView& view);
 
-// max |got - value| / (2 max |naive - value| + 2 max |(value + 0.3 - 0.3) - value|), the last one in
-// `dtype`: FlashAttention's rule fails above 1.
+// max |got - value| / (2 max |naive - value| + 2 max |(value + 0.3 - 0.3) - value|), the last one
+// in `dtype`: FlashAttention's rule fails above 1.
 double naive_ratio(DType dtype, const std::vector<double>& value, const std::vector<double>& got,
                    const std::vector<double>& naive);
 

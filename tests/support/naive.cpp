@@ -27,7 +27,9 @@ class Composition {
     for (int entry = 0; entry < batch_entries(p_); ++entry) {
       const SequenceSlice at = slice_of(p_, entry);
       for (std::int64_t head_k = 0; head_k < p_.k.heads(); ++head_k) {
-        const auto size = [&](std::int64_t dim) { return static_cast<std::size_t>(at.k.length * dim); };
+        const auto size = [&](std::int64_t dim) {
+          return static_cast<std::size_t>(at.k.length * dim);
+        };
         dk_.assign(size(p_.k.head_dim()), 0);
         dv_.assign(size(p_.v.head_dim()), 0);
         for (std::int64_t head = head_k * group; head < (head_k + 1) * group; ++head)
@@ -76,7 +78,9 @@ class Composition {
 
   float bias_of(const SequenceSlice& at, std::int64_t head, int row, int key) const {
     if (!p_.bias) return 0;
-    const auto stride = [&](std::size_t d) { return p_.bias.shape[d] == 1 ? 0 : p_.bias.stride[d]; };
+    const auto stride = [&](std::size_t d) {
+      return p_.bias.shape[d] == 1 ? 0 : p_.bias.stride[d];
+    };
     const double x = load(p_.bias.dtype, p_.bias.data,
                           at.entry * stride(0) + head * stride(1) + (at.q.slot + row) * stride(2) +
                               (at.k.slot + key) * p_.bias.stride[3]);
@@ -127,7 +131,8 @@ class Composition {
                      const std::vector<float>& kept) {
     const std::vector<float> g = row_of(b_.dout, at.q, head, row);
     std::vector<float> dp(keys.size());
-    float delta = b_.dlse == nullptr ? 0.f : -b_.dlse[lse_index(p_, at, static_cast<int>(head), row)];
+    float delta =
+        b_.dlse == nullptr ? 0.f : -b_.dlse[lse_index(p_, at, static_cast<int>(head), row)];
     for (std::size_t i = 0; i < keys.size(); ++i) {
       dp[i] = round(round(dot(g, key_of(p_.v, at, head_k, keys[i]))) * kept[i]);
       delta += weight[i] * dp[i];

@@ -33,8 +33,9 @@ const char* name_of(Layout layout) {
 
 const char* name_of(Inputs inputs) {
   constexpr const char* kNames[kInputKinds] = {
-      "gaussian", "peaky",    "v_offset", "outlier",   "equal",    "q_zero",     "planted_max", "descending",
-      "lse_low",  "lse_high", "softcap",  "denormal",  "integers", "duplicated", "near_max"};
+      "gaussian", "peaky",       "v_offset",   "outlier",    "equal",
+      "q_zero",   "planted_max", "descending", "lse_low",    "lse_high",
+      "softcap",  "denormal",    "integers",   "duplicated", "near_max"};
   return kNames[static_cast<int>(inputs)];
 }
 
@@ -48,8 +49,9 @@ std::string describe(const Shape& s) {
   lengths(s.seqlens_q);
   text << " k ";
   lengths(s.seqlens_k);
-  text << " heads " << s.heads_q << "/" << s.heads_k << " head_dim " << s.head_dim << "/" << s.dim_v()
-       << " " << name_of(s.layout_q) << "/" << name_of(s.layout_k) << " " << name_of(s.inputs);
+  text << " heads " << s.heads_q << "/" << s.heads_k << " head_dim " << s.head_dim << "/"
+       << s.dim_v() << " " << name_of(s.layout_q) << "/" << name_of(s.layout_k) << " "
+       << name_of(s.inputs);
   if (s.paged()) text << " page_size " << s.page_size;
   if (s.seqused) text << " seqused";
   if (s.band.left != kUnbounded) text << " left " << s.band.left;
@@ -58,7 +60,10 @@ std::string describe(const Shape& s) {
   if (s.scale) text << " scale " << *s.scale;
   if (s.softcap != 0) text << " softcap " << s.softcap;
   if (s.bias != BiasKind::none)
-    text << " bias " << (s.bias == BiasKind::boolean ? "bool" : s.bias == BiasKind::f32 ? "f32" : "own")
+    text << " bias "
+         << (s.bias == BiasKind::boolean ? "bool"
+             : s.bias == BiasKind::f32   ? "f32"
+                                         : "own")
          << "[" << (s.bias_batch ? "b" : "1") << (s.bias_heads ? "h" : "1")
          << (s.bias_rows ? "q" : "1") << "k]";
   if (s.sinks != Sinks::none) text << " sinks " << static_cast<int>(s.sinks);
@@ -105,7 +110,7 @@ void store(DType dtype, void* data, std::int64_t i, double value) {
 
 double Problem::value(Input which, const Place& place) const {
   Place at = place;
-  at.entry += shape.first_entry;
+  if (which != Input::sink) at.entry += shape.first_entry;
   const int group = shape.heads_k == 0 ? 1 : shape.heads_q / shape.heads_k;
   const int head_k = which == Input::q ? at.head / group : at.head;
   const auto hash = [&](Input tensor, int entry, int token, int head, int channel) {
@@ -117,9 +122,9 @@ double Problem::value(Input which, const Place& place) const {
     return Random(hash(which, at.entry, token, at.head, at.channel)).normal();
   };
   const double n = noise(at.token);
-  // One direction per key head, of length sqrt(head_dim): q and k along it score amount * sqrt(head_dim).
-  const double direction =
-      (hash(Input::q, at.entry, -1, head_k, at.channel) & 1) != 0 ? 1. : -1.;
+  // One direction per key head, of length sqrt(head_dim): q and k along it score amount *
+  // sqrt(head_dim).
+  const double direction = (hash(Input::q, at.entry, -1, head_k, at.channel) & 1) != 0 ? 1. : -1.;
   const double root = std::sqrt(static_cast<double>(shape.head_dim));
   const auto along = [&](double score) { return direction * score / root + 0.3 * n; };
   const auto keys = [&] { return shape.seqlens_k[static_cast<std::size_t>(place.entry)]; };
@@ -154,16 +159,14 @@ double Problem::value(Input which, const Place& place) const {
   return n;
 }
 
-void Problem::fill_tokens(Input which, const TensorView& view,
-                          const std::vector<SideSlice>& side) {
+void Problem::fill_tokens(Input which, const TensorView& view, const std::vector<SideSlice>& side) {
   for (std::size_t entry = 0; entry < side.size(); ++entry) {
     const SideSlice& at = side[entry];
     for (int t = 0; t < at.length; ++t) {
       std::int64_t row = at.batch * view.batch_stride() + (at.token + t) * view.seqlen_stride();
       if (shape.paged() && (which == Input::k || which == Input::v)) {
-        const std::int32_t page =
-            pages_[entry * static_cast<std::size_t>(forward.paged.max_pages) +
-                   static_cast<std::size_t>(t / shape.page_size)];
+        const std::int32_t page = pages_[entry * static_cast<std::size_t>(forward.paged.max_pages) +
+                                         static_cast<std::size_t>(t / shape.page_size)];
         row = page * view.stride[0] + t % shape.page_size * view.stride[1];
       }
       for (int h = 0; h < view.heads(); ++h)
@@ -200,7 +203,8 @@ Problem::Side Problem::make_side(bool is_q, Random& random) {
   const std::size_t batch = lengths.size();
   const int longest = batch == 0 ? 0 : *std::ranges::max_element(lengths);
   const bool ragged = std::ranges::any_of(lengths, [&](int n) { return n != longest; });
-  const bool seqused = layout == Layout::paged || (layout == Layout::dense && ragged) || shape.seqused;
+  const bool seqused =
+      layout == Layout::paged || (layout == Layout::dense && ragged) || shape.seqused;
   Side side;
   side.batch = static_cast<std::int64_t>(batch);
   side.slices.resize(batch);
@@ -240,7 +244,9 @@ Problem::Side Problem::make_side(bool is_q, Random& random) {
 Tensor Problem::tensor(std::array<std::int64_t, 4> axes, int rank, DType type, Random& random,
                        bool odd_heads) {
   // axes: batch, seqlen, heads, head_dim. Packed tensors have no batch axis.
-  const std::int64_t head_gap = odd_heads ? random.between(1, 3) : shape.strided ? random.between(0, 9) : 0;
+  const std::int64_t head_gap = odd_heads       ? random.between(1, 3)
+                                : shape.strided ? random.between(0, 9)
+                                                : 0;
   const bool heads_first = shape.strided && random.chance(0.5);
   const std::int64_t row_gap = shape.strided ? random.between(0, 17) : 0;
   std::array<std::int64_t, 4> stride{0, 0, 0, 1};
@@ -253,8 +259,8 @@ Tensor Problem::tensor(std::array<std::int64_t, 4> axes, int rank, DType type, R
     view.shape = {axes[1], axes[2], axes[3], 0};
     view.stride = {stride[1], stride[2], stride[3], 0};
   }
-  Buffer buffer(static_cast<std::size_t>(extent_in_memory(view)) * size_of(type), random.chance(0.7),
-                size_of(type));
+  Buffer buffer(static_cast<std::size_t>(extent_in_memory(view)) * size_of(type),
+                random.chance(0.7), size_of(type));
   buffer.fill(type, poison);
   view.data = buffer.data();
   return {std::move(buffer), view};
@@ -285,8 +291,8 @@ void Problem::make_masks(const Side& q, const Side& k) {
   }
   if (shape.key_bits) {
     // Sometimes a word short: the slots past the last word are not valid.
-    const bool one_less = random.chance(0.2), shared = random.chance(0.3) && !k.slices.empty() &&
-                                                       shape.layout_k != Layout::padded;
+    const bool one_less = random.chance(0.2),
+               shared = random.chance(0.3) && !k.slices.empty() && shape.layout_k != Layout::padded;
     const std::int64_t words =
         std::max<std::int64_t>(1, (key_capacity(forward) + 31) / 32 - (one_less ? 1 : 0));
     std::vector<std::uint32_t> bits(static_cast<std::size_t>(
@@ -294,10 +300,11 @@ void Problem::make_masks(const Side& q, const Side& k) {
     for (std::size_t e = 0; e < k.slices.size(); ++e)
       for (int key = 0; key < k.slices[e].length; ++key) {
         const std::int64_t slot = k.slices[e].slot + key;
-        const std::uint64_t draw = mix(mix(seed ^ (shared ? 0 : e)) ^ static_cast<std::uint32_t>(key));
+        const std::uint64_t draw =
+            mix(mix(seed ^ (shared ? 0 : e)) ^ static_cast<std::uint32_t>(key));
         if (slot / 32 >= words || draw % 4 == 0) continue;
-        bits[static_cast<std::size_t>(slot / 32 + (shared ? 0 : static_cast<std::int64_t>(e) * words))] |=
-            1u << (slot % 32);
+        bits[static_cast<std::size_t>(
+            slot / 32 + (shared ? 0 : static_cast<std::int64_t>(e) * words))] |= 1u << (slot % 32);
       }
     forward.intervals.bits = array(bits);
     forward.intervals.bits_batch_stride = shared ? 0 : words;
@@ -310,13 +317,13 @@ void Problem::make_bias(Random& random) {
   const DType type = shape.bias == BiasKind::boolean ? DType::boolean
                      : shape.bias == BiasKind::f32   ? DType::f32
                                                      : dtype;
-  const std::int64_t rows = shape.layout_q == Layout::packed ? forward.sequences.max_seqlen_q
-                                                             : forward.q.seqlen();
-  const std::int64_t keys = shape.layout_k == Layout::packed ? forward.sequences.max_seqlen_k
-                                                             : key_capacity(forward);
-  const std::array<std::int64_t, 4> axes{
-      shape.bias_batch ? batch_entries(forward) : 1, shape.bias_heads ? shape.heads_q : 1,
-      shape.bias_rows ? rows : 1, keys};
+  const std::int64_t rows =
+      shape.layout_q == Layout::packed ? forward.sequences.max_seqlen_q : forward.q.seqlen();
+  const std::int64_t keys =
+      shape.layout_k == Layout::packed ? forward.sequences.max_seqlen_k : key_capacity(forward);
+  const std::array<std::int64_t, 4> axes{shape.bias_batch ? batch_entries(forward) : 1,
+                                         shape.bias_heads ? shape.heads_q : 1,
+                                         shape.bias_rows ? rows : 1, keys};
   bias_ = tensor(axes, 4, type, random, false);
   for (int e = 0; e < static_cast<int>(q_slices.size()); ++e) {
     const SideSlice& at = q_slices[static_cast<std::size_t>(e)];
@@ -327,8 +334,10 @@ void Problem::make_bias(Random& random) {
           // Broadcast axes take the same number whoever writes it last.
           const Place place{shape.bias_batch ? e : 0, shape.bias_rows ? r : 0, h, key};
           double x = value(Input::bias, place);
-          if (type == DType::boolean) x = x < 0.8 ? 1 : 0;
-          else if (x > 1.8) x = -kInf;
+          if (type == DType::boolean)
+            x = x < 0.8 ? 1 : 0;
+          else if (x > 1.8)
+            x = -kInf;
           if (override_) x = override_(Input::bias, place, x);
           store(type, bias_.view.data,
                 place.entry * bias_.view.stride[0] + h * bias_.view.stride[1] +
@@ -345,7 +354,8 @@ void Problem::make_bias(Random& random) {
 Problem::Problem(const Shape& s, DType type, std::uint64_t seed_in, Poison poison_in,
                  const Override& override_value)
     : shape(s), dtype(type), seed(seed_in), poison(poison_in), override_(override_value) {
-  set_crash_context((describe(shape) + " " + heed::name_of(dtype) + " seed " + std::to_string(seed)).c_str());
+  set_crash_context(
+      (describe(shape) + " " + heed::name_of(dtype) + " seed " + std::to_string(seed)).c_str());
   Random random(seed ^ 0x5EED);
   const Side q = make_side(true, random);
   Side k = make_side(false, random);
@@ -359,7 +369,8 @@ Problem::Problem(const Shape& s, DType type, std::uint64_t seed_in, Poison poiso
     std::vector<std::int32_t> order(static_cast<std::size_t>(num_pages));
     std::iota(order.begin(), order.end(), 0);
     for (std::size_t i = order.size(); i > 1; --i)
-      std::swap(order[i - 1], order[static_cast<std::size_t>(random.between(0, static_cast<int>(i) - 1))]);
+      std::swap(order[i - 1],
+                order[static_cast<std::size_t>(random.between(0, static_cast<int>(i) - 1))]);
     std::size_t next = 0;
     for (std::size_t e = 0; e < k.slices.size(); ++e)
       for (int i = 0; i < max_pages; ++i) {
@@ -425,8 +436,8 @@ Problem::Problem(const Shape& s, DType type, std::uint64_t seed_in, Poison poiso
     sink_ = Buffer(heads * sizeof(float), true, sizeof(float));
     dsink_ = Buffer(heads * sizeof(float), true, sizeof(float));
     for (std::size_t h = 0; h < heads; ++h) {
-      const std::size_t kind = shape.sinks == Sinks::mixed ? (h + seed) % 5
-                                                           : static_cast<std::size_t>(shape.sinks) - 1;
+      const std::size_t kind =
+          shape.sinks == Sinks::mixed ? (h + seed) % 5 : static_cast<std::size_t>(shape.sinks) - 1;
       const Place place{0, 0, static_cast<int>(h), 0};
       double x = kValues[kind] + (kind == 0 ? 0 : value(Input::sink, place));
       if (override_) x = override_(Input::sink, place, x);
@@ -460,10 +471,11 @@ void Problem::reset_outputs() {
 
 std::string Problem::damage() const {
   const std::pair<const char*, const Buffer*> buffers[] = {
-      {"q", &q_.buffer},   {"k", &k_.buffer},       {"v", &v_.buffer},       {"out", &out_.buffer},
-      {"dout", &dout_.buffer}, {"dq", &dq_.buffer}, {"dk", &dk_.buffer},     {"dv", &dv_.buffer},
-      {"bias", &bias_.buffer}, {"dbias", &dbias_.buffer}, {"lse", &lse_},    {"dlse", &dlse_},
-      {"sink", &sink_},    {"dsink", &dsink_}};
+      {"q", &q_.buffer},         {"k", &k_.buffer},       {"v", &v_.buffer},
+      {"out", &out_.buffer},     {"dout", &dout_.buffer}, {"dq", &dq_.buffer},
+      {"dk", &dk_.buffer},       {"dv", &dv_.buffer},     {"bias", &bias_.buffer},
+      {"dbias", &dbias_.buffer}, {"lse", &lse_},          {"dlse", &dlse_},
+      {"sink", &sink_},          {"dsink", &dsink_}};
   for (const auto& [name, buffer] : buffers)
     if (!buffer->intact()) return std::string("wrote outside ") + name;
   for (const Buffer& buffer : arrays_)
@@ -483,15 +495,17 @@ std::string Problem::damage() const {
   return {};
 }
 
-std::vector<double> Problem::tokens(const TensorView& view, const std::vector<SideSlice>& side) const {
+std::vector<double> Problem::tokens(const TensorView& view,
+                                    const std::vector<SideSlice>& side) const {
   std::vector<double> all;
   for (const SideSlice& at : side)
     for (int t = 0; t < at.length; ++t)
       for (int h = 0; h < view.heads(); ++h)
         for (int c = 0; c < view.head_dim(); ++c)
           all.push_back(load(view.dtype, view.data,
-                             at.batch * view.batch_stride() + (at.token + t) * view.seqlen_stride() +
-                                 h * view.head_stride() + c));
+                             at.batch * view.batch_stride() +
+                                 (at.token + t) * view.seqlen_stride() + h * view.head_stride() +
+                                 c));
   return all;
 }
 

@@ -18,20 +18,20 @@ namespace heed::test {
 enum class Layout { dense, packed, padded, paged };
 enum class Inputs {
   gaussian,
-  peaky,          // large q and k: few keys matter
-  v_offset,       // v = 8 + noise: delta cancels
-  outlier,        // one massive channel, LSE near -150 or +150
-  equal,          // all keys the same
-  q_zero,         // all scores 0, small integers in v
-  planted_max,    // every 24th and the last key exceed all keys before
-  descending,     // the first key is the largest
-  lse_low,        // LSE near -120: exp of it underflows
-  lse_high,       // LSE near +120: exp of it overflows
+  peaky,        // large q and k: few keys matter
+  v_offset,     // v = 8 + noise: delta cancels
+  outlier,      // one massive channel, LSE near -150 or +150
+  equal,        // all keys the same
+  q_zero,       // all scores 0, small integers in v
+  planted_max,  // every 24th and the last key exceed all keys before
+  descending,   // the first key is the largest
+  lse_low,      // LSE near -120: exp of it underflows
+  lse_high,     // LSE near +120: exp of it overflows
   softcap_saturating,
-  denormal,       // numbers below the smallest normal one
-  integers,       // small, exact
-  duplicated,     // eight keys alike
-  near_max,       // v up to the largest f16
+  denormal,    // numbers below the smallest normal one
+  integers,    // small, exact
+  duplicated,  // eight keys alike
+  near_max,    // v up to the largest f16
 };
 inline constexpr int kInputKinds = 15;
 const char* name_of(Inputs inputs);
@@ -66,7 +66,7 @@ struct Shape {
   bool strided = false;  // heads before tokens, gaps, odd strides
   bool lse = true;       // whether the forward returns it
   Inputs inputs = Inputs::gaussian;
-  int first_entry = 0;    // entry e holds the values of entry first_entry + e
+  int first_entry = 0;  // entry e holds the values of entry first_entry + e
 
   int dim_v() const { return head_dim_v != 0 ? head_dim_v : head_dim; }
   bool paged() const { return layout_k == Layout::paged; }

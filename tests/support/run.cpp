@@ -21,7 +21,8 @@ template <class AnyProblem>
 Status run_planned(const Plan& plan, const AnyProblem& problem, Problem& owner,
                    const RunOptions& options) {
   const std::size_t bytes = plan.workspace_bytes;
-  const std::size_t aligned = (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  const std::size_t aligned =
+      (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   if (aligned != bytes)
     return {Code::device, "workspace_bytes = " + std::to_string(bytes) + " is no multiple of " +
                               std::to_string(kWorkspaceAlignment)};
@@ -37,16 +38,18 @@ Status run_planned(const Plan& plan, const AnyProblem& problem, Problem& owner,
 template <class AnyProblem>
 Result<Plan> plan_row(const KernelRow& row, const AnyProblem& problem, const RunOptions& options) {
   const std::string name = name_of(row);
-  Result<Plan> made = plan(problem, machine(options.workers),
-                           {.splits = options.splits, .force = name.c_str()});
+  Result<Plan> made =
+      plan(problem, machine(options.workers), {.splits = options.splits, .force = name.c_str()});
   if (made.ok() && made->row != &row)
-    return Status(Code::device, "plan() chose " + name_of(*made->row) + " when " + name + " was forced");
+    return Status(Code::device,
+                  "plan() chose " + name_of(*made->row) + " when " + name + " was forced");
   return made;
 }
 
 const KernelRow* forward_partner(const KernelRow& row) {
   for (const KernelRow& other : registry())
-    if (other.arch == row.arch && other.pass == Pass::forward && other.dtype == row.dtype) return &other;
+    if (other.arch == row.arch && other.pass == Pass::forward && other.dtype == row.dtype)
+      return &other;
   return nullptr;
 }
 
@@ -84,7 +87,8 @@ bool machine_runs(const KernelRow& row) {
   const Arch arch = machine(1).arch;
   if (row.arch == Arch::reference || row.arch <= arch) return true;
   if (told.insert(row.arch).second)
-    std::printf("[ NOT RUN  ] kernels of %s: this machine offers %s\n", name_of(row.arch), name_of(arch));
+    std::printf("[ NOT RUN  ] kernels of %s: this machine offers %s\n", name_of(row.arch),
+                name_of(arch));
   return false;
 }
 
@@ -92,6 +96,12 @@ std::vector<const KernelRow*> runnable_rows() {
   std::vector<const KernelRow*> rows;
   for (const KernelRow& row : registry())
     if (machine_runs(row)) rows.push_back(&row);
+  return rows;
+}
+
+std::vector<const KernelRow*> runnable_rows(DType dtype) {
+  std::vector<const KernelRow*> rows = runnable_rows();
+  std::erase_if(rows, [&](const KernelRow* row) { return row->dtype != dtype; });
   return rows;
 }
 
@@ -137,8 +147,8 @@ std::string difference(const std::vector<double>& a, const std::vector<double>& 
   if (count == 0) return {};
   std::ostringstream text;
   text.precision(17);
-  text << count << " of " << a.size() << " elements differ, first element " << first << ": " << a[first]
-       << " against " << b[first];
+  text << count << " of " << a.size() << " elements differ, first element " << first << ": "
+       << a[first] << " against " << b[first];
   return text.str();
 }
 

@@ -33,8 +33,10 @@ Status run_row(const KernelRow& row, Problem& problem, const RunOptions& options
 
 // Whether this machine has the instructions; says once on the test's output if not.
 bool machine_runs(const KernelRow& row);
-// The rows this machine can run.
+inline constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
+// The rows this machine can run, of every dtype or of one.
 std::vector<const KernelRow*> runnable_rows();
+std::vector<const KernelRow*> runnable_rows(DType dtype);
 // Whether the row takes such problems at all (plan() says no with Code::unsupported otherwise).
 bool serves(const KernelRow& row, const Problem& problem);
 

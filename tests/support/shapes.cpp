@@ -38,24 +38,52 @@ std::vector<Shape> make_curated() {
   const auto band = [](Band b) { return [=](Shape& s) { s.band = b; }; };
 
   // Sizes.
-  for (const auto& [q, k] : {std::pair{1, 1}, {1, 2}, {2, 1}, {3, 5}, {1, 97}, {97, 1}, {95, 96}, {96, 96},
-                             {97, 193}, {113, 203}, {128, 128}, {192, 192}, {193, 385}, {200, 70}}) {
+  for (const auto& [q, k] : {std::pair{1, 1},
+                             {1, 2},
+                             {2, 1},
+                             {3, 5},
+                             {1, 97},
+                             {97, 1},
+                             {95, 96},
+                             {96, 96},
+                             {97, 193},
+                             {113, 203},
+                             {128, 128},
+                             {192, 192},
+                             {193, 385},
+                             {200, 70}}) {
     const std::string name = "size_" + std::to_string(q) + "x" + std::to_string(k);
     add(named(name + "_full"), lengths(q, k));
     add(named(name + "_causal"), lengths(q, k), band(kCausal), [](Shape& s) { s.head_dim = 40; });
   }
-  for (const auto& [dim, dim_v] : {std::pair{1, 1}, {2, 3}, {7, 5}, {8, 8}, {16, 16}, {40, 40}, {64, 64},
-                                   {72, 72}, {80, 80}, {96, 96}, {128, 128}, {192, 128}, {128, 192},
-                                   {31, 33}, {100, 1}, {1, 100}, {256, 256}, {512, 512}, {511, 17}})
-    add(named("dim_" + std::to_string(dim) + "_" + std::to_string(dim_v)), lengths(50, 101), band(kCausal),
-        [&, d = dim, v = dim_v](Shape& s) {
+  for (const auto& [dim, dim_v] : {std::pair{1, 1},
+                                   {2, 3},
+                                   {7, 5},
+                                   {8, 8},
+                                   {16, 16},
+                                   {40, 40},
+                                   {64, 64},
+                                   {72, 72},
+                                   {80, 80},
+                                   {96, 96},
+                                   {128, 128},
+                                   {192, 128},
+                                   {128, 192},
+                                   {31, 33},
+                                   {100, 1},
+                                   {1, 100},
+                                   {256, 256},
+                                   {512, 512},
+                                   {511, 17}})
+    add(named("dim_" + std::to_string(dim) + "_" + std::to_string(dim_v)), lengths(50, 101),
+        band(kCausal), [&, d = dim, v = dim_v](Shape& s) {
           s.head_dim = d;
           s.head_dim_v = v;
           s.dlse = true;
         });
   for (const auto& [q, k] : {std::pair{3, 1}, {8, 1}, {8, 8}, {6, 2}, {12, 4}, {7, 7}, {16, 1}})
-    add(named("heads_" + std::to_string(q) + "_" + std::to_string(k)), lengths(35, 61), band(kCausal),
-        [&, hq = q, hk = k](Shape& s) {
+    add(named("heads_" + std::to_string(q) + "_" + std::to_string(k)), lengths(35, 61),
+        band(kCausal), [&, hq = q, hk = k](Shape& s) {
           s.heads_q = hq;
           s.heads_k = hk;
         });
@@ -79,16 +107,15 @@ std::vector<Shape> make_curated() {
     s.intervals = true;
     s.dlse = true;
   });
-  add(named("long_keys_window"), lengths(40, 1500), band(sliding_window(300)), [](Shape& s) {
-    s.head_dim = 16;
-  });
+  add(named("long_keys_window"), lengths(40, 1500), band(sliding_window(300)),
+      [](Shape& s) { s.head_dim = 16; });
 
   // Layouts.
   for (const Layout q : kLayoutsOfQ)
     for (const Layout k : {Layout::dense, Layout::packed, Layout::padded, Layout::paged}) {
       constexpr const char* kNames[] = {"dense", "packed", "padded", "paged"};
-      const std::string name = std::string("layout_") + kNames[static_cast<int>(q)] + "_" +
-                               kNames[static_cast<int>(k)];
+      const std::string name =
+          std::string("layout_") + kNames[static_cast<int>(q)] + "_" + kNames[static_cast<int>(k)];
       add(ragged(name), band(kCausal), [&](Shape& s) {
         s.seqlens_q = {33, 0, 97, 5};
         s.seqlens_k = {47, 20, 97, 0};
@@ -105,9 +132,18 @@ std::vector<Shape> make_curated() {
         s.key_bits = true;
       });
     }
-  add(ragged("page_size_1"), [](Shape& s) { s.layout_k = Layout::paged; s.page_size = 1; });
-  add(ragged("page_size_7"), [](Shape& s) { s.layout_k = Layout::paged; s.page_size = 7; });
-  add(ragged("page_size_256"), [](Shape& s) { s.layout_k = Layout::paged; s.page_size = 256; });
+  add(ragged("page_size_1"), [](Shape& s) {
+    s.layout_k = Layout::paged;
+    s.page_size = 1;
+  });
+  add(ragged("page_size_7"), [](Shape& s) {
+    s.layout_k = Layout::paged;
+    s.page_size = 7;
+  });
+  add(ragged("page_size_256"), [](Shape& s) {
+    s.layout_k = Layout::paged;
+    s.page_size = 256;
+  });
   add(ragged("strided"), band(kCausal), [](Shape& s) { s.strided = true; });
   add(ragged("strided_packed"), [](Shape& s) {
     s.strided = true;
@@ -139,7 +175,8 @@ std::vector<Shape> make_curated() {
   add(ragged("softcap_50"), [](Shape& s) { s.softcap = 50.f; });
   for (const BiasKind kind : {BiasKind::boolean, BiasKind::f32, BiasKind::tensor})
     for (int broadcast = 0; broadcast < 8; ++broadcast)
-      add(ragged("bias_" + std::to_string(static_cast<int>(kind)) + "_" + std::to_string(broadcast)),
+      add(ragged("bias_" + std::to_string(static_cast<int>(kind)) + "_" +
+                 std::to_string(broadcast)),
           [&](Shape& s) {
             s.seqlens_q = {20, 20, 7};
             s.seqlens_k = {39, 17, 30};
@@ -155,8 +192,8 @@ std::vector<Shape> make_curated() {
     s.softcap = 3.f;
     s.dlse = true;
   });
-  for (const Sinks sinks : {Sinks::minus_infinity, Sinks::low, Sinks::zero, Sinks::high, Sinks::dominant,
-                            Sinks::mixed})
+  for (const Sinks sinks :
+       {Sinks::minus_infinity, Sinks::low, Sinks::zero, Sinks::high, Sinks::dominant, Sinks::mixed})
     add(ragged("sinks_" + std::to_string(static_cast<int>(sinks))), band(sliding_window(12)),
         [&](Shape& s) {
           s.sinks = sinks;
@@ -166,10 +203,11 @@ std::vector<Shape> make_curated() {
         });
   add(ragged("dlse"), [](Shape& s) { s.dlse = true; });
   for (const float p : {0.1f, 0.5f, 0.9f})
-    add(ragged("dropout_" + std::to_string(static_cast<int>(p * 10))), band(kCausal), [&](Shape& s) {
-      s.dropout = p;
-      s.sinks = Sinks::zero;
-    });
+    add(ragged("dropout_" + std::to_string(static_cast<int>(p * 10))), band(kCausal),
+        [&](Shape& s) {
+          s.dropout = p;
+          s.sinks = Sinks::zero;
+        });
   add(ragged("dropout_chunked_packed"), band(chunked(31)), [](Shape& s) {
     s.dropout = 0.3f;
     s.layout_q = s.layout_k = Layout::packed;
@@ -179,7 +217,8 @@ std::vector<Shape> make_curated() {
   // Inputs; Gaussian ones large enough for the tensor statistics.
   for (int kind = 0; kind < kInputKinds; ++kind)
     for (const bool causal : {false, true})
-      add(named(std::string("inputs_") + name_of(static_cast<Inputs>(kind)) + (causal ? "_causal" : "")),
+      add(named(std::string("inputs_") + name_of(static_cast<Inputs>(kind)) +
+                (causal ? "_causal" : "")),
           lengths(100, 260), band(causal ? kCausal : kFull), [&](Shape& s) {
             s.inputs = static_cast<Inputs>(kind);
             s.heads_q = 2;
@@ -283,7 +322,8 @@ Shape random_shape(std::uint64_t seed, std::int64_t pairs) {
   const bool few_rows = r.chance(0.2);
   const auto length = [&](int most) {
     if (r.chance(0.08)) return 0;
-    if (r.chance(0.15)) return std::min(most, r.pick(63, 64, 65, 95, 96, 97, 191, 192, 193, 383, 385));
+    if (r.chance(0.15))
+      return std::min(most, r.pick(63, 64, 65, 95, 96, 97, 191, 192, 193, 383, 385));
     return r.log_between(1, most);
   };
   const bool equal = r.chance(0.3);

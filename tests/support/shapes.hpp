@@ -12,7 +12,8 @@ namespace heed::test {
 const std::vector<Shape>& curated_shapes();
 // Few query rows against many keys.
 const std::vector<Shape>& decode_shapes();
-// Any legal combination of features whose reference run costs at most about `pairs` query-key pairs.
+// Any legal combination of features whose reference run costs at most about `pairs` query-key
+// pairs.
 Shape random_shape(std::uint64_t seed, std::int64_t pairs = 6000);
 
 }  // namespace heed::test
