@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md and docs/ from benchmarks/results/*.json."""
+"""Writes the tables of README.md and docs/ from benchmarks/results/*.json; --check only compares."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def cpu_table(path: Path) -> str:
+def support_table(data: dict) -> str:
+    """One line per instruction set of the table of kernels, as `heed list --json` prints it."""
+    lines = ["| kernels | passes | tensors | head_dim |", "|---|---|---|---|"]
+    for arch in dict.fromkeys(row["arch"] for row in data["kernels"]):
+        rows = [row for row in data["kernels"] if row["arch"] == arch]
+        passes = dict.fromkeys(row["pass"] for row in rows)
+        dtypes = dict.fromkeys(row["dtype"] for row in rows)
+        dots = [row["dtype"] for row in rows if row["pass"] == "forward" and row["operand"] == "bf16"]
+        lines.append(
+            f"| `{arch}`{' (bf16 dot products)' if dots else ''} | {', '.join(passes)} "
+            f"| {', '.join(dtypes)} | 1 to {min(row['max_head_dim'] for row in rows)} |"
+        )
+    return "\n".join(lines)
+
+
+def speed_table(data: dict) -> str:
     """One line per cell, then where and how it was measured."""
-    data = json.loads(path.read_text())
     lines = ["| work | shape | dtype | heed ms | torch SDPA ms | speed-up |", "|---|---|---|---|---|---|"]
     lines += [
         f"| {c['work']} | {c['shape']} | {c['dtype']} | {c['heed_ms']:.2f} | {c['torch_ms']:.2f} "
@@ -22,7 +36,7 @@ def cpu_table(path: Path) -> str:
     m = data["machine"]
     lines += [
         "",
-        f"{m['cpu']}, {m['threads']} threads, kernels `{m['isa']}`, torch {m['torch']}, {m['date']}, "
+        f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`, torch {m['torch']}, {m['date']}, "
         f"commit `{m['commit']}`: `{m['command']}`",
     ]
     return "\n".join(lines)
@@ -32,7 +46,8 @@ def fill(text: str) -> str:
     """Replaces what stands between <!-- table: NAME --> and <!-- end --> by the table of NAME.json."""
 
     def replace(match: re.Match[str]) -> str:
-        table = cpu_table(ROOT / "benchmarks" / "results" / f"{match[1]}.json")
+        data = json.loads((ROOT / "benchmarks" / "results" / f"{match[1]}.json").read_text())
+        table = support_table(data) if "kernels" in data else speed_table(data)
         return f"<!-- table: {match[1]} -->\n{table}\n<!-- end -->"
 
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", replace, text, flags=re.S)

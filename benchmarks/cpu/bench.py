@@ -146,7 +146,7 @@ def machine() -> dict[str, str]:
     ).stdout.strip()
     return {
         "cpu": model,
-        "isa": heed.device(),
+        "kernels": torch.ops.heed.kernels().splitlines()[0].split("\t")[1],
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -148,7 +148,7 @@ def name_and_closure(function: Callable) -> tuple[str, dict]:
         return "", {}
     names = function.__code__.co_freevars
     if not names:
-        return function.__qualname__, {}
+        return function.__name__, {}
     if not hasattr(function, "__closure__"):  # inside torch.compile in older releases of PyTorch
         return "", {}
     cells = [cell.cell_contents for cell in function.__closure__]

@@ -72,6 +72,7 @@ def one_thread():
 def fresh_compiler():
     """Models share code, and PyTorch counts its recompilations over all of them."""
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture
@@ -235,6 +236,7 @@ def test_greedy_generation_compiled(name):
     result = greedy(
         build(tiny, "heed"), inputs, cache_implementation="static", compile_config=compiled
     )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert torch.equal(result, greedy(build(tiny, "eager"), inputs))
 
 
