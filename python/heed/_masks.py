@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# First and end position of the keys that a row sees, int64 [batch or 1, seqlen_q]; first >= end: none.
+# First and end position of the keys that each row sees, int64 [batch or 1, seqlen_q]; none if
+# first >= end.
 Interval = tuple[Tensor, Tensor]
 
-_FAR = 1 << 40  # beyond every position
+_FAR = 1 << 30  # beyond every position
 _KEYS_PER_ROW = 64
 
 
@@ -74,7 +75,7 @@ def slot_interval(
 
 
 def restarting_documents(mask: Tensor | None, seqlen_q: int, position_ids: Tensor) -> Tensor:
-    """Intervals int32 [1, seqlen_q, 2] of documents that start at the lowest position, within `mask`.
+    """Intervals int32 [1, seqlen_q, 2] of documents that start at the lowest position, in `mask`.
 
     A row that has padding is one document, as in FlashAttention's path.
     """
@@ -93,7 +94,7 @@ def restarting_documents(mask: Tensor | None, seqlen_q: int, position_ids: Tenso
 def listed_documents(
     mask: Tensor | None, seqlen_q: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Tensor:
-    """Intervals int32 [1, seqlen_q, 2] of documents of these cumulative lengths, within `mask`."""
+    """Intervals int32 [1, seqlen_q, 2] of documents of these cumulative lengths, in `mask`."""
     row = torch.arange(seqlen_q, dtype=cu_seqlens_q.dtype, device=cu_seqlens_q.device)
     end = torch.searchsorted(cu_seqlens_q, row, right=True).clamp(max=cu_seqlens_q.shape[0] - 1)
     return _cut(mask, (cu_seqlens_k[end - 1][None], cu_seqlens_k[end][None]))
@@ -152,7 +153,7 @@ def name_and_closure(function: Callable) -> tuple[str, dict]:
     if not hasattr(function, "__closure__"):  # inside torch.compile in older releases of PyTorch
         return "", {}
     cells = [cell.cell_contents for cell in function.__closure__]
-    return function.__qualname__.partition(".")[0], dict(zip(names, cells))
+    return function.__qualname__.partition(".")[0], dict(zip(names, cells, strict=True))
 
 
 def _causal(query: Tensor, padding_mask: Tensor | None) -> Interval:
@@ -199,11 +200,12 @@ def _block(query: Tensor, padding_mask: Tensor | None, block_sequence_ids: Tenso
 def _run_of(ids: Tensor, counts: Tensor, query: Tensor) -> Interval:
     """The run of equal ids [batch, positions] around each query: all keys of that id that count."""
     run = functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0)).cumsum(-1)
-    low = torch.iinfo(ids.dtype).min
-    key, order = torch.where(counts, ids, low).sort(dim=-1, stable=True)
-    returns = (key.diff(dim=-1) == 0) & (run.gather(-1, order).diff(dim=-1) != 0) & (key[:, 1:] != low)
+    none = torch.iinfo(ids.dtype).min
+    sorted_ids, order = torch.where(counts, ids, none).sort(dim=-1, stable=True)
+    same_id = (sorted_ids.diff(dim=-1) == 0) & (sorted_ids[:, 1:] != none)
+    other_run = run.gather(-1, order).diff(dim=-1) != 0
     torch._assert_async(
-        ~returns.any(),
+        ~(same_id & other_run).any(),
         "block_sequence_ids: an id that returns after another id is no interval of keys; "
         "load the model with attn_implementation='sdpa'",  # inductor puts no \ before a "
     )

@@ -187,7 +187,7 @@ def _once_per_forward(
     if (
         known is None
         or known[0] is not function
-        or any(reference() is not t for reference, t in zip(known[1], tensors))
+        or any(reference() is not t for reference, t in zip(known[1], tensors, strict=True))
         or known[2] != versions
     ):
         result = function(mask, seqlen_q, *documents)

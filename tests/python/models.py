@@ -1,4 +1,4 @@
-"""Tiny random Transformers models, one of each kind of mask, and their inputs; nothing is downloaded."""
+"""Tiny random Transformers models, every kind of mask among them; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Tiny:
 
 
 def padding_mask(padding: str, batch: int = BATCH, seqlen: int = SEQLEN) -> Tensor | None:
-    """[batch, seqlen] of 0 and 1; the last entry has no padding, which is the common mixed batch."""
+    """[batch, seqlen] of 0 and 1; the last entry of the batch has no padding."""
     if padding == "none":
         return None
     mask = torch.ones(batch, seqlen, dtype=torch.long)
@@ -44,7 +44,9 @@ def padding_mask(padding: str, batch: int = BATCH, seqlen: int = SEQLEN) -> Tens
     return mask
 
 
-def tokens(batch: int = BATCH, seqlen: int = SEQLEN, seed: int = 0, vocab: int = IMAGE_TOKEN) -> Tensor:
+def tokens(
+    batch: int = BATCH, seqlen: int = SEQLEN, seed: int = 0, vocab: int = IMAGE_TOKEN
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocab, (batch, seqlen), generator=generator)
 
@@ -118,7 +120,12 @@ def _image_and_phrase(padding: str) -> dict:
     return inputs if mask is None else {**inputs, "attention_mask": mask}
 
 
-_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _DECODER = {
     **_SMALL,
     "vocab_size": VOCAB,
@@ -326,7 +333,7 @@ def available(name: str) -> Tiny:
 
 
 def build(tiny: Tiny, attention: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
-    """The model in eval mode; equal seeds give equal weights, large enough for attention to matter."""
+    """The model in eval mode; equal seeds give equal weights, so large that attention matters."""
     torch.manual_seed(seed)
     config = tiny.config()
     if dtype == torch.float64:

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from models import BATCH, MODELS, SEQLEN, available, build, padding_mask, tokens
 from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 import heed.transformers
+from models import BATCH, MODELS, SEQLEN, available, build, padding_mask, tokens
 
 NEW_SIGNATURE = Version(transformers.__version__) >= Version("5.4.0")
 DECODERS = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "llama4_text", "gpt_oss")
@@ -44,7 +44,7 @@ def outputs_and_gradients(model, inputs: dict, names=("logits",), **arguments):
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
     }
-    return dict(zip(names, outputs)), gradients
+    return dict(zip(names, outputs, strict=True)), gradients
 
 
 def assert_as_exact_as_eager(actual: dict, eager: dict, exact: dict) -> None:
@@ -90,7 +90,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def float64_masks(monkeypatch):
-    """Eager's softmax runs in float32 in some models: the lowest float64 would become -inf, then NaN."""
+    """Some models' softmax runs in float32: the lowest float64 would become -inf, and then NaN."""
 
     def mask(**arguments):
         return eager_mask(**{**arguments, "dtype": torch.float32})
@@ -114,15 +114,15 @@ def test_outputs_and_gradients(name, padding, calls):
         model = build(tiny, attention, dtype=dtype)
         results[kind] = outputs_and_gradients(model, inputs, tiny.outputs)
     assert calls
-    for actual, eager, exact in zip(results["heed"], results["eager"], results["exact"]):
-        assert_as_exact_as_eager(actual, eager, exact)
+    for tensors in zip(results["heed"], results["eager"], results["exact"], strict=True):
+        assert_as_exact_as_eager(*tensors)
 
 
 # ---- masks ----
 
 
 def trees() -> dict:
-    """Every mask function that Transformers composes from its parts, as far as this release has them."""
+    """Every mask function that Transformers composes, as far as this release has the parts."""
     parts = transformers.masking_utils
     causal, both, either = parts.causal_mask_function, parts.and_masks, parts.or_masks
     window = parts.sliding_window_overlay(6)
@@ -201,6 +201,20 @@ def test_intervals_say_what_sdpa_sees(name, padding):
             continue
         assert mask.dtype == torch.int32
         assert torch.equal(visible(mask, sdpa.shape[2], sdpa.shape[3]), sdpa)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", trees())
+def test_no_value_reaches_the_host(name, padding):
+    """Tensors without data have none to give."""
+    with torch.device("meta"):
+        call = mask_call(trees()[name], padding)
+        call |= {"device": "meta"} if NEW_SIGNATURE else {}
+        mask = heed.transformers.key_interval_mask(**call)
+        positions = torch.arange(SEQLEN)[None]
+        one = mask[:1].to(mask.dtype)
+        heed._masks.restarting_documents(one, SEQLEN, positions)
+        heed._masks.listed_documents(one, SEQLEN, *torch.ones(2, 4, dtype=torch.int32))
 
 
 # ---- generation ----
@@ -426,14 +440,19 @@ def test_own_mask(name, kind):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_unknown_mask_function_becomes_a_bool_mask():
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_unknown_mask_function_becomes_a_bool_mask(padding):
     def diagonal(batch_idx, head_idx, q_idx, kv_idx):
         return (kv_idx == q_idx) | (kv_idx == 0)
 
-    for padding in ("none", "left"):
-        call = mask_call(diagonal, padding)
-        mask = heed.transformers.key_interval_mask(**call)
-        assert torch.equal(mask.bool(), sdpa_mask(**call))
+    call = mask_call(diagonal, padding)
+    mask, sdpa = heed.transformers.key_interval_mask(**call), sdpa_mask(**call)
+    assert torch.equal(mask.bool(), sdpa)
+    query, key, value = torch.randn(3, BATCH, 4, SEQLEN, 8)
+    out, _ = heed.transformers.attention_forward(torch.nn.Identity(), query, key, value, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, sdpa)
+    seen = sdpa.any(-1).transpose(1, 2)[..., None]  # SDPA gives NaN or 0 to a row without keys
+    torch.testing.assert_close(out, torch.where(seen, expected.transpose(1, 2), 0.0))
 
 
 def test_block_that_returns_is_refused():
@@ -475,14 +494,14 @@ def test_output_attentions_of_a_model():
     ],
 )
 def test_mask_of_wrong_kind(mask):
-    with pytest.raises(ValueError, match="attention_mask = .* must be a bool or float"):
+    with pytest.raises(ValueError, match=r"attention_mask = .* must be a bool or float"):
         attend(attention_mask=mask)
 
 
 def test_lengths_together_with_an_own_mask():
     cu_seqlens = torch.tensor([0, 6, 12])
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
-    with pytest.raises(NotImplementedError, match="cu_seq_lens_q .* attention_mask"):
+    with pytest.raises(NotImplementedError, match=r"cu_seq_lens_q .* attention_mask"):
         attend(attention_mask=mask, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
 
 
