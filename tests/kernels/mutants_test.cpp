@@ -40,7 +40,7 @@ using Row = std::array<float, kDim>;
 // fp32 sums, P and dS rounded to the operand before they are multiplied again.
 class TiledKernel {
  public:
-  TiledKernel(const Problem& p, Bug bug) : p_(p), bug_(bug), bf16_(p.dtype == DType::bf16) {
+  TiledKernel(const Problem& p, Bug bug) : bug_(bug), bf16_(p.dtype == DType::bf16) {
     q_ = rows_of(p.forward.q);
     k_ = rows_of(p.forward.k);
     v_ = rows_of(p.forward.v);
@@ -140,7 +140,6 @@ class TiledKernel {
     }
   }
 
-  const Problem& p_;
   const Bug bug_;
   const bool bf16_;
   std::vector<Row> q_, k_, v_, dout_;
