@@ -26,19 +26,21 @@ demo: $(VENV)/.heed $(VENV)/.model  ## embed the sample texts with eager, sdpa a
 test: test-cpp test-python  ## build and run everything that needs no GPU
 
 test-cpp: $(VENV)/.packages  ## the C++ part of the tests
-	scripts/setup_cpp.sh
+	scripts/setup_headers.sh $(VENV)/bin/python
 	PATH="$(CMAKE):$$PATH" cmake --preset ci
 	PATH="$(CMAKE):$$PATH" cmake --build --preset ci
 	PATH="$(CMAKE):$$PATH" ctest --preset ci
 
 test-python: $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## the Python part of the tests
+	scripts/setup_headers.sh $(VENV)/bin/python
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 tests/python
 
 test-oldest: $(OLDEST)/.heed  ## the Python part on the oldest supported PyTorch and Transformers
+	scripts/setup_headers.sh $(OLDEST)/bin/python
 	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n 2 tests/python
 
 asan: $(VENV)/.packages  ## the C++ part under AddressSanitizer and UBSan
-	scripts/setup_cpp.sh
+	scripts/setup_headers.sh $(VENV)/bin/python
 	PATH="$(CMAKE):$$PATH" cmake --preset asan
 	PATH="$(CMAKE):$$PATH" cmake --build --preset asan
 	PATH="$(CMAKE):$$PATH" ctest --preset asan

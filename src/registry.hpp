@@ -6,6 +6,7 @@
 #include <span>
 #include <string>
 
+#include "core/score.hpp"
 #include "heed/plan.hpp"
 #include "heed/problem.hpp"
 #include "heed/status.hpp"
@@ -31,6 +32,9 @@ struct KernelRow {
   Status (*forward)(const Plan&, const ForwardProblem&, Workspace, Queue);
   std::size_t (*backward_bytes)(const Plan&, const BackwardProblem&);
   Status (*backward)(const Plan&, const BackwardProblem&, Workspace, Queue);
+
+  ScoreKind score = ScoreKind::general;  // the most that it computes; CPU kernels take everything
+  int smem_bytes = 0;                    // GPU: shared memory of a block
 };
 // arch/pass/dtype, such as "avx512/forward/bf16".
 std::string name_of(const KernelRow& row);

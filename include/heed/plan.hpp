@@ -82,6 +82,7 @@ struct Plan {
   int workers = 1;        // CPU threads that have scratch space
   int splits = 1;         // parts of the keys that are computed apart and then merged
   std::size_t workspace_bytes = 0;
+  bool deterministic = true;  // every sum in one order
 };
 // One line: kernel, workers, splits, workspace.
 std::string describe(const Plan& plan);

@@ -121,7 +121,7 @@ def _visible(
     if mask.ndim == 4 and mask.dtype == torch.int32:
         intervals, key_bits = _masks.decode(mask, seqlen_q, seqlen_k)
         return {"intervals": intervals, "key_bits": key_bits, "bias": position_bias}
-    if mask.dtype == torch.uint8:
+    if mask.dtype == torch.int8:
         mask = mask.view(torch.bool)
     if mask.ndim != 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
@@ -138,7 +138,7 @@ def _visible(
 
 def _is_own(mask: Tensor | None) -> bool:
     """Made by `key_interval_mask`, and so without knowledge of documents."""
-    return mask is None or mask.dtype in (torch.int32, torch.uint8)
+    return mask is None or mask.dtype in (torch.int32, torch.int8)
 
 
 def _packed_attention(query: Tensor, key: Tensor, value: Tensor, problem: dict) -> Tensor:
@@ -205,37 +205,38 @@ def key_interval_mask(
     attention_mask: Tensor | None = None,
     **call,
 ) -> Tensor | None:
-    """What a layer's queries see, from the mask function that Transformers composed.
+    """What the queries see, from the mask function that Transformers composed for them.
 
-    Returns key intervals (`_masks.encode`), or a bool mask [batch, 1, seqlen_q, seqlen_k] where the
-    mask function is not known, or None where the layer's `is_causal` says it all.
+    Returns key intervals (`_masks.encode`), or a bool mask [batch, 1, seqlen_q, seqlen_k] where
+    `mask_function` is not known, or None where `is_causal` of the layer says it all.
     """
     query, same_end = _query_positions(kv_offset + kv_length, **call)
-    name, _ = _masks.name_and_closure(mask_function)
-    plain = name in ("causal_mask_function", "bidirectional_mask_function")
     may_skip = call.get("allow_is_causal_skip", True) or call.get("allow_is_bidirectional_skip")
-    if plain and may_skip and attention_mask is None and (same_end or name[0] == "b"):
+    name, _ = _masks.name_and_closure(mask_function)
+    causal, bidirectional = name == "causal_mask_function", name == "bidirectional_mask_function"
+    if attention_mask is None and may_skip and (bidirectional or (causal and same_end)):
         return None
-    # A plain mask that must exist although the layer could do without is one the model edits.
-    edits = plain and not may_skip and call.get("q_length", 1) > 1
+
+    # A model that wants a mask which `is_causal` could replace edits it, so it gets a bool one.
+    edits = not may_skip and (causal or bidirectional) and call.get("q_length", 1) > 1
     interval = None if edits else _masks.read_tree(mask_function, query, attention_mask)
-    if interval is None:
-        call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        mask = sdpa_mask(
-            batch_size=batch_size,
-            kv_length=kv_length,
-            mask_function=mask_function,
-            kv_offset=kv_offset,
-            attention_mask=attention_mask,
-            **call,
-        )
-        # uint8 tells the attention function that this is no user's mask, and that it has no padding.
-        return mask if edits or attention_mask is not None else mask.view(torch.uint8)
-    valid = None
-    if attention_mask is not None:
-        valid = _masks.valid_keys(attention_mask, kv_offset, kv_length)
-    interval = _masks.slot_interval(interval, valid, kv_offset, kv_length)
-    return _masks.encode(interval, valid, batch_size)
+    if interval is not None:
+        valid = None
+        if attention_mask is not None:
+            valid = _masks.valid_keys(attention_mask, kv_offset, kv_length)
+        interval = _masks.slot_interval(interval, valid, kv_offset, kv_length)
+        return _masks.encode(interval, valid, batch_size)
+
+    mask = sdpa_mask(
+        batch_size=batch_size,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        **call | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+    )
+    # int8 tells `attention_forward` that this is no user's mask, so documents may still cut it.
+    return mask if edits or attention_mask is not None else mask.view(torch.int8)
 
 
 def _query_positions(

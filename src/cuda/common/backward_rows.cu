@@ -1,0 +1,182 @@
+// What the backward kernels must know of every query row and of every tile of them, computed first.
+#include "cuda/common/backward_rows.cuh"
+
+#include "core/half.hpp"
+#include "core/softmax_state.hpp"
+#include "cuda/common/rows.cuh"
+#include "cuda/host/launch.hpp"
+
+namespace heed::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+struct Params {
+  BackwardProblem problem;
+  QueryTiles tiles;
+  BackwardRow* rows;
+  TileLimits* limits;
+  BackwardBounds* bounds;
+};
+
+// For numbers >= 0, whose bits order as integers; NaN stays the largest.
+__device__ void raise(float* target, float x) {
+  atomicMax(reinterpret_cast<int*>(target), __float_as_int(x));
+}
+
+__device__ float sum_warp(float x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+__device__ void find_tile_limits(const Params& p, const SequenceSlice& at, int m_tile) {
+  __shared__ TileLimits shared;
+  if (threadIdx.x == 0) shared = {INT_MAX, 0, 0, INT_MAX};
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < p.tiles.tile_m; i += kThreads) {
+    const int row = m_tile * p.tiles.tile_m + i;
+    RowLimits r;
+    if (row < at.q.length)
+      r = row_limits(p.problem.forward.band, at, p.problem.forward.intervals, row);
+    if (r.first < r.end) {
+      atomicMin(&shared.first, r.first);
+      atomicMax(&shared.end, r.end);
+    }
+    atomicMax(&shared.all_first, r.first);
+    atomicMin(&shared.all_end, r.end);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) p.limits[p.tiles.index(at, m_tile)] = shared;
+}
+
+// One block per tile and head, a warp per row.
+template <class Element>
+__global__ void find_rows(const __grid_constant__ Params p) {
+  const ForwardProblem& f = p.problem.forward;
+  const int heads = static_cast<int>(f.q.heads());
+  const int item = static_cast<int>(blockIdx.x / p.tiles.per_entry);
+  const int m_tile = static_cast<int>(blockIdx.x % p.tiles.per_entry);
+  const int head = item % heads;
+  const SequenceSlice at = slice_of(f, item / heads);
+  const int row0 = m_tile * p.tiles.tile_m;
+  if (row0 >= at.q.length) return;
+  if (head == 0) find_tile_limits(p, at, m_tile);
+
+  const auto* out = first_row<const Element>(f.out, at.q, head);
+  const auto* dout = first_row<const Element>(p.problem.dout, at.q, head);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int end = min_of(row0 + p.tiles.tile_m, at.q.length);
+  for (int row = row0 + static_cast<int>(threadIdx.x) / 32; row < end; row += kThreads / 32) {
+    float sum = 0.f, squares = 0.f;
+    for (std::int64_t c = lane; c < f.out.head_dim(); c += 32) {
+      const float d = to_float(dout[row * p.problem.dout.seqlen_stride() + c]);
+      sum += to_float(out[row * f.out.seqlen_stride() + c]) * d;
+      squares += d * d;
+    }
+    sum = sum_warp(sum);
+    if constexpr (std::is_same_v<Element, f16>) {
+      squares = sum_warp(squares);
+      if (lane == 0) raise(&p.bounds->dout, sqrtf(squares));
+    }
+    if (lane != 0) continue;
+    const std::int64_t i = lse_index(f, at, head, row);
+    const float lse = f.lse[i];
+    BackwardRow r;
+    r.lse_log2 = lse == -kInfinity ? 0.f : lse * static_cast<float>(kLog2e);
+    r.delta = p.problem.dlse == nullptr ? sum : sum - p.problem.dlse[i];
+    r.limits = row_limits(f.band, at, f.intervals, row);
+    p.rows[i] = r;
+    if constexpr (std::is_same_v<Element, f16>) raise(&p.bounds->delta, fabsf(r.delta));
+  }
+}
+
+// One block per entry and 64 keys, all key heads, a warp per row of v.
+__global__ void find_v_bound(const __grid_constant__ Params p, int blocks_per_entry) {
+  const ForwardProblem& f = p.problem.forward;
+  const SequenceSlice at = slice_of(f, static_cast<int>(blockIdx.x) / blocks_per_entry);
+  const int key0 = static_cast<int>(blockIdx.x) % blocks_per_entry * 64;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float most = 0.f;
+  for (int head = 0; head < f.k.heads(); ++head) {
+    const auto* v = first_row<const f16>(f.v, at.k, head);
+    for (int key = key0 + static_cast<int>(threadIdx.x) / 32; key < min_of(key0 + 64, at.k.length);
+         key += kThreads / 32) {
+      if (!key_valid(f.intervals, at, key)) continue;
+      float squares = 0.f;
+      for (std::int64_t c = lane; c < f.v.head_dim(); c += 32) {
+        const float x = to_float(v[key * f.v.seqlen_stride() + c]);
+        squares += x * x;
+      }
+      most = fmaxf(most, sqrtf(sum_warp(squares)));
+    }
+  }
+  if (lane == 0) raise(&p.bounds->v, most);
+}
+
+// One block per head; every thread adds its rows in order, then the threads are added pairwise.
+__global__ void sum_dsink_of_head(const __grid_constant__ BackwardProblem b,
+                                  const BackwardRow* rows) {
+  __shared__ float parts[1024];
+  const ForwardProblem& f = b.forward;
+  const int head = static_cast<int>(blockIdx.x);
+  const float sink = f.sink[head];
+  float sum = 0.f;
+  for (int entry = 0; entry < batch_entries(f) && sink != -kInfinity; ++entry) {
+    const SequenceSlice at = slice_of(f, entry);
+    for (int row = static_cast<int>(threadIdx.x); row < at.q.length; row += 1024) {
+      const std::int64_t i = lse_index(f, at, head, row);
+      sum -= expf(sink - f.lse[i]) * rows[i].delta;
+    }
+  }
+  parts[threadIdx.x] = sum;
+  for (unsigned step = 512; step > 0; step /= 2) {
+    __syncthreads();
+    if (threadIdx.x < step) parts[threadIdx.x] += parts[threadIdx.x + step];
+  }
+  if (threadIdx.x == 0) b.dsink[head] = parts[0];
+}
+
+__global__ void clear(const __grid_constant__ TensorView x) {
+  const std::int64_t count = x.numel();
+  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += std::int64_t{gridDim.x} * blockDim.x) {
+    std::int64_t rest = i, offset = 0;
+    for (int d = 3; d >= 0; --d) {
+      offset += rest % x.shape[d] * x.stride[d];
+      rest /= x.shape[d];
+    }
+    static_cast<float*>(x.data)[offset] = 0.f;
+  }
+}
+
+}  // namespace
+
+Status find_backward_rows(const BackwardProblem& b, const QueryTiles& tiles, BackwardRow* rows,
+                          TileLimits* limits, BackwardBounds* bounds, cudaStream_t stream) {
+  const std::int64_t blocks = tiles.per_entry * b.forward.q.heads() * batch_entries(b.forward);
+  const LaunchShape shape{.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(kThreads)};
+  const Params params{b, tiles, rows, limits, bounds};
+  if (b.forward.q.dtype == DType::bf16) return launch(find_rows<bf16>, shape, stream, params);
+  if (Status s = launch(find_rows<f16>, shape, stream, params); !s.ok()) return s;
+  const int per_entry = static_cast<int>((max_seqlen_k(b.forward) + 63) / 64);
+  return launch(find_v_bound,
+                {.grid = dim3(static_cast<unsigned>(per_entry * batch_entries(b.forward))),
+                 .block = dim3(kThreads)},
+                stream, params, per_entry);
+}
+
+Status sum_dsink(const BackwardProblem& b, const BackwardRow* rows, cudaStream_t stream) {
+  if (b.dsink == nullptr) return {};
+  return launch(sum_dsink_of_head,
+                {.grid = dim3(static_cast<unsigned>(b.forward.q.heads())), .block = dim3(1024)},
+                stream, b, rows);
+}
+
+Status clear_dbias(const BackwardProblem& b, cudaStream_t stream) {
+  if (b.dbias.data == nullptr || b.dbias.numel() == 0) return {};
+  const std::int64_t blocks = clamp64((b.dbias.numel() + 255) / 256, 1, 4096);
+  return launch(clear, {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(256)}, stream,
+                b.dbias);
+}
+
+}  // namespace heed::cuda

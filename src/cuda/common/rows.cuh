@@ -1,0 +1,81 @@
+// Addresses of a problem's rows on the device: layouts, pages and validity bits end here.
+#pragma once
+
+#include <cstdint>
+
+#include "core/mask.hpp"
+#include "core/sequence.hpp"
+#include "heed/problem.hpp"
+
+namespace heed::cuda {
+
+// Element (0, 0) of one head of one entry, in a tensor laid out as q, out, dout, dq.
+template <class Element, class View>
+__device__ __forceinline__ Element* first_row(const View& x, const SideSlice& at, int head) {
+  return static_cast<Element*>(const_cast<void*>(static_cast<const void*>(x.data))) +
+         at.batch * x.batch_stride() + at.token * x.seqlen_stride() + head * x.head_stride();
+}
+
+// One head of k or v as a kernel reads it: row(key) is nullptr where nothing may be read.
+template <class Element>
+struct KeyRows {
+  const Element* first;  // key 0, or page 0
+  std::int64_t stride;   // between keys
+  std::int64_t page_stride;
+  const std::int32_t* pages;  // of this entry; nullptr: the keys stand one after another
+  int num_pages;
+  int page_size;
+  int length;
+
+  __device__ __forceinline__ const Element* row(int key) const {
+    if (key >= length) return nullptr;
+    if (pages == nullptr) return first + key * stride;
+    const int page = pages[key / page_size];
+    if (page < 0 || page >= num_pages) return nullptr;
+    return first + page * page_stride + key % page_size * stride;
+  }
+};
+
+template <class Element>
+__device__ __forceinline__ KeyRows<Element> key_rows(const ForwardProblem& p,
+                                                     const ConstTensorView& x,
+                                                     const SequenceSlice& at, int head) {
+  const auto* data = static_cast<const Element*>(x.data) + head * x.head_stride();
+  if (p.paged.page_table == nullptr)
+    return {data + at.k.batch * x.batch_stride() + at.k.token * x.seqlen_stride(),
+            x.seqlen_stride(),
+            0,
+            nullptr,
+            0,
+            1,
+            at.k.length};
+  return {data,
+          x.stride[1],
+          x.stride[0],
+          p.paged.page_table + at.entry * p.paged.max_pages,
+          static_cast<int>(x.shape[0]),
+          static_cast<int>(x.shape[1]),
+          at.k.length};
+}
+
+// Whether keys of an entry can be missing: their pages unmapped or their validity bits clear.
+__device__ __forceinline__ bool has_holes(const ForwardProblem& p) {
+  return p.paged.page_table != nullptr || p.intervals.bits != nullptr;
+}
+
+// Whether a key is there at all; such keys are not read and no row sees them.
+template <class Element>
+__device__ __forceinline__ bool key_present(const ForwardProblem& p, const SequenceSlice& at,
+                                            const KeyRows<Element>& rows, int key) {
+  return rows.row(key) != nullptr && key_valid(p.intervals, at, key);
+}
+
+// Whether every row of a tensor begins at a multiple of 16 bytes and has whole 16-byte chunks.
+template <class View>
+bool is_wide(const View& x) {
+  bool wide = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.head_dim() % 8 == 0;
+  for (int d = 0; d + 1 < x.rank; ++d) wide = wide && (x.shape[d] == 1 || x.stride[d] % 8 == 0);
+  return wide;
+}
+
+}  // namespace heed::cuda

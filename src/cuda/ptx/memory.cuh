@@ -1,0 +1,52 @@
+// Asynchronous copies into shared memory and reductions into global memory.
+#pragma once
+
+#include <cstdint>
+
+namespace heed::ptx {
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes to `target`, through L2 only: zeros unless `valid`, and then `source` is not read.
+// Both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async(std::uint32_t target, const void* source, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async(std::uint32_t target, const void* source) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source)
+               : "memory");
+}
+
+// Closes this thread's group of copies.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Returns once at most kPending of this thread's groups are still under way. What other threads
+// copied is visible after a barrier.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// target[0..3] += x, each component atomic; `target` is a multiple of 16 bytes.
+__device__ __forceinline__ void add_to_global(float* target, float4 x) {
+#if __CUDA_ARCH__ >= 900  // vector reductions begin with sm_90
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x.x), "f"(x.y),
+               "f"(x.z), "f"(x.w)
+               : "memory");
+#else
+  atomicAdd(target, x.x);
+  atomicAdd(target + 1, x.y);
+  atomicAdd(target + 2, x.z);
+  atomicAdd(target + 3, x.w);
+#endif
+}
+
+}  // namespace heed::ptx

@@ -1,0 +1,15 @@
+// Backward kernels for head_dim up to 256.
+#include <span>
+
+#include "cuda/sm80/backward_launch.cuh"
+
+namespace heed {
+
+std::span<const KernelRow> sm80_backward_hdim256() {
+  static constexpr sm80::BackwardTile kTile{
+      .head_dim = 256, .tile_m = 64, .tile_n = 64, .keys = 32, .share = 4, .stages = 2};
+  static constexpr auto kRows = sm80::backward_rows<kTile>();
+  return kRows;
+}
+
+}  // namespace heed

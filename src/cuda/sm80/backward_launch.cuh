@@ -1,0 +1,163 @@
+// The host half of the backward: scratch memory, the kernels before and after, and the rows of the
+// table.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/workspace.hpp"
+#include "cuda/common/fill_gaps.cuh"
+#include "cuda/host/launch.hpp"
+#include "cuda/sm80/backward.cuh"
+#include "registry.hpp"
+
+namespace heed::sm80 {
+
+// dq = scale * the sums, rounded: one CTA per tile of query rows and head.
+template <class C>
+__global__ void __launch_bounds__(C::kThreads) finish_dq(const __grid_constant__ BackwardParams p) {
+  using Element = typename C::Element;
+  __shared__ typename C::QueryTile tile;
+  const ForwardProblem& f = p.problem.forward;
+  const int heads = static_cast<int>(f.q.heads());
+  const int item = static_cast<int>(blockIdx.x / p.tiles.per_entry);
+  const int m_tile = static_cast<int>(blockIdx.x % p.tiles.per_entry);
+  const int head = item % heads;
+  const SequenceSlice at = slice_of(f, item / heads);
+  const int row0 = m_tile * C::tile.tile_m;
+  if (row0 >= at.q.length) return;
+  typename C::Queries acc;
+  tile::load_from_global(
+      acc, p.dq + (p.tiles.index(at, m_tile) * heads + head) * (C::tile.tile_m * C::tile.head_dim) +
+               tile::warp() * (16 * C::kQueryChannels));
+  tile::scale(acc, p.scale / ds_scale_of<C>(p));
+  tile::store(tile, tile::warp() / C::kQueryParts * 16, acc,
+              tile::warp() % C::kQueryParts * C::kQueryChannels);
+  __syncthreads();
+  constexpr int kRows = C::tile.tile_m / C::kWarps;
+  Element* first = cuda::first_row<Element>(p.problem.dq, at.q, head);
+  tile::store_rows(
+      tile, tile::warp() * kRows, (tile::warp() + 1) * kRows, p.dq_wide,
+      static_cast<int>(f.q.head_dim()), [&](int r) {
+        return row0 + r < at.q.length ? first + (row0 + r) * p.problem.dq.seqlen_stride() : nullptr;
+      });
+}
+
+// ---- host ----
+
+struct BackwardMemory {
+  cuda::BackwardRow* rows;
+  cuda::TileLimits* limits;
+  float* dq;
+  int* turns;
+  cuda::BackwardBounds* bounds;
+  std::int64_t dq_floats, turn_count;
+};
+
+template <class C>
+BackwardMemory carve(WorkspaceLayout& layout, const Plan& plan, const BackwardProblem& b) {
+  const ForwardProblem& f = b.forward;
+  const std::int64_t tiles = count_of(cuda::query_tiles(f, C::tile.tile_m), f);
+  BackwardMemory m{};
+  m.dq_floats = tiles * f.q.heads() * C::tile.tile_m * C::tile.head_dim;
+  m.turn_count = plan.deterministic ? tiles * f.q.heads() : 0;
+  m.rows = layout.add<cuda::BackwardRow>(f.q.batch() * f.q.heads() * f.q.seqlen());
+  m.limits = layout.add<cuda::TileLimits>(tiles);
+  m.dq = layout.add<float>(m.dq_floats);
+  m.turns = layout.add<int>(m.turn_count);
+  m.bounds = layout.add<cuda::BackwardBounds>(1);
+  return m;
+}
+
+template <class C>
+std::size_t backward_bytes(const Plan& plan, const BackwardProblem& b) {
+  WorkspaceLayout layout;
+  carve<C>(layout, plan, b);
+  return layout.bytes();
+}
+
+template <class C>
+Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace workspace,
+                       Queue queue) {
+  const ForwardProblem& f = b.forward;
+  if (Status s = cuda::fill_gaps_of_backward(b, queue.stream); !s.ok()) return s;
+  if (Status s = cuda::clear_dbias(b, queue.stream); !s.ok()) return s;
+  if (f.q.heads() == 0) return {};
+  WorkspaceLayout layout(workspace);
+  const BackwardMemory memory = carve<C>(layout, plan, b);
+  const cuda::QueryTiles tiles = cuda::query_tiles(f, C::tile.tile_m);
+  const BackwardParams params{
+      .problem = b,
+      .scale = cuda::scale_of(f).value(),
+      .n_tiles = static_cast<int>((max_seqlen_k(f) + C::tile.tile_n - 1) / C::tile.tile_n),
+      .group = static_cast<int>(f.q.heads() / f.k.heads()),
+      .tiles = tiles,
+      .rows = memory.rows,
+      .limits = memory.limits,
+      .dq = memory.dq,
+      .bounds = memory.bounds,
+      .turns = plan.deterministic ? memory.turns : nullptr,
+      .q_wide = cuda::is_wide(f.q),
+      .k_wide = cuda::is_wide(f.k),
+      .v_wide = cuda::is_wide(f.v),
+      .dout_wide = cuda::is_wide(b.dout),
+      .dq_wide = cuda::is_wide(b.dq),
+      .dk_wide = cuda::is_wide(b.dk),
+      .dv_wide = cuda::is_wide(b.dv)};
+  // dq, the turns and the bounds stand side by side.
+  const auto bytes = static_cast<std::size_t>(reinterpret_cast<std::byte*>(memory.bounds + 1) -
+                                              reinterpret_cast<std::byte*>(memory.dq));
+  if (Status s = cuda::cuda_status(cudaMemsetAsync(memory.dq, 0, bytes, queue.stream), "memset");
+      !s.ok())
+    return s;
+  if (Status s =
+          find_backward_rows(b, tiles, memory.rows, memory.limits, memory.bounds, queue.stream);
+      !s.ok())
+    return s;
+  if (Status s = sum_dsink(b, memory.rows, queue.stream); !s.ok()) return s;
+  const auto grid = [](std::int64_t n) { return dim3(static_cast<unsigned>(n)); };
+  if (Status s = cuda::launch(backward<C>,
+                              {.grid = grid(params.n_tiles * f.k.heads() * batch_entries(f)),
+                               .block = dim3(C::kThreads),
+                               .smem_bytes = sizeof(typename C::Smem)},
+                              queue.stream, params);
+      !s.ok())
+    return s;
+  return cuda::launch(
+      finish_dq<C>,
+      {.grid = grid(tiles.per_entry * f.q.heads() * batch_entries(f)), .block = dim3(C::kThreads)},
+      queue.stream, params);
+}
+
+template <class C>
+constexpr KernelRow backward_row(DType dtype) {
+  KernelRow row{.arch = Arch::sm80,
+                .pass = Pass::backward,
+                .dtype = dtype,
+                .operand = dtype,
+                .tile_m = C::tile.tile_m,
+                .tile_n = C::tile.tile_n,
+                .max_head_dim = C::tile.head_dim,
+                .max_query_rows = 0,
+                .forward_bytes = nullptr,
+                .forward = nullptr,
+                .backward_bytes = backward_bytes<C>,
+                .backward = launch_backward<C>};
+  row.score = C::Score::kKind;
+  row.smem_bytes = sizeof(typename C::Smem);
+  return row;
+}
+
+// The six kernels of one head_dim.
+template <BackwardTile kTile>
+constexpr std::array<KernelRow, 6> backward_rows() {
+  return {backward_row<BackwardConfig<bf16, kTile, cuda::PlainScore>>(DType::bf16),
+          backward_row<BackwardConfig<f16, kTile, cuda::PlainScore>>(DType::f16),
+          backward_row<BackwardConfig<bf16, kTile, cuda::SoftcapScore>>(DType::bf16),
+          backward_row<BackwardConfig<f16, kTile, cuda::SoftcapScore>>(DType::f16),
+          backward_row<BackwardConfig<bf16, kTile, cuda::GeneralScore>>(DType::bf16),
+          backward_row<BackwardConfig<f16, kTile, cuda::GeneralScore>>(DType::f16)};
+}
+
+}  // namespace heed::sm80

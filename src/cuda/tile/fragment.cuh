@@ -1,0 +1,152 @@
+// What one warp holds of a matrix in registers: fp32 accumulators and 16-bit left operands.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/mma.cuh"
+#include "cuda/tile/shared_tile.cuh"
+
+namespace heed::tile {
+
+__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+
+// 16 kM rows x 8 kN columns. Lane 4 g + t holds rows 16 m + g + 8 h at columns 8 n + 2 t + e in
+// at[m][n][2 h + e]: 2 kM rows per lane ("slots" 2 m + h), each spread over the four lanes of a
+// quad.
+template <int kM, int kN>
+struct Accumulator {
+  static constexpr int kSlots = 2 * kM;
+  float at[kM][kN][4];
+
+  __device__ void clear() {
+#pragma unroll
+    for (auto& row : at)
+      for (auto& four : row)
+        for (float& x : four) x = 0.f;
+  }
+};
+
+// 16 kM rows x 16 kK columns, the left operand of kK steps of mma.
+template <int kM, int kK>
+struct Operand {
+  std::uint32_t at[kM][kK][4];
+};
+
+// Row within the warp's slab of a slot; column of the first of a lane's two neighbours in fragment
+// n.
+__device__ __forceinline__ int slot_row(int slot) { return slot * 8 + lane() / 4; }
+__device__ __forceinline__ int pair_col(int n) { return 8 * n + 2 * (lane() % 4); }
+
+// Calls body(slot, col, x) for every element of this lane; `col` within the tile.
+template <int kM, int kN, class Body>
+__device__ __forceinline__ void for_each(Accumulator<kM, kN>& acc, const Body& body) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) body(2 * m + i / 2, pair_col(n) + i % 2, acc.at[m][n][i]);
+}
+
+// Calls body(slot, col, x, y) for every pair of neighbours: y stands at col + 1.
+template <int kM, int kN, class Body>
+__device__ __forceinline__ void for_each_pair(const Accumulator<kM, kN>& acc, const Body& body) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        body(2 * m + h, pair_col(n), acc.at[m][n][2 * h], acc.at[m][n][2 * h + 1]);
+}
+
+// for_each for two accumulators of one shape.
+template <int kM, int kN, class Body>
+__device__ __forceinline__ void for_each(Accumulator<kM, kN>& a, Accumulator<kM, kN>& b,
+                                         const Body& body) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        body(2 * m + i / 2, pair_col(n) + i % 2, a.at[m][n][i], b.at[m][n][i]);
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void scale(Accumulator<kM, kN>& acc, float factor) {
+  for_each(acc, [&](int, int, float& x) { x *= factor; });
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void scale_rows(Accumulator<kM, kN>& acc,
+                                           const float (&factor)[2 * kM]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc.at[m][n][i] *= factor[2 * m + i / 2];
+}
+
+// An accumulator's lanes hold exactly what the left operand of the next product needs.
+template <class Element, int kM, int kN>
+__device__ __forceinline__ Operand<kM, kN / 2> to_operand(const Accumulator<kM, kN>& acc) {
+  Operand<kM, kN / 2> a;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&four)[4] = acc.at[m][2 * k + i / 2];
+        a.at[m][k][i] = ptx::pack<Element>(four[2 * (i % 2)], four[2 * (i % 2) + 1]);
+      }
+  return a;
+}
+
+// Rounds to the tile's elements; rows [row, row + 16 kM), columns [col, col + 8 kN).
+template <int kM, int kN, class Tile>
+__device__ __forceinline__ void store(Tile& tile, int row, const Accumulator<kM, kN>& acc,
+                                      int col = 0) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        auto* chunk = tile.chunk(row + slot_row(2 * m + h), col / 8 + n);
+        reinterpret_cast<std::uint32_t*>(chunk)[lane() % 4] =
+            ptx::pack<typename Tile::Element>(acc.at[m][n][2 * h], acc.at[m][n][2 * h + 1]);
+      }
+}
+
+// fp32 accumulators in global memory in the order of the registers: 512 bytes of consecutive memory
+// per warp and fragment. `base`: 32 kM kN * 4 floats of this warp, a multiple of 16 bytes.
+template <int kM, int kN>
+__device__ __forceinline__ void add_to_global(float* base, const Accumulator<kM, kN>& acc) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float(&x)[4] = acc.at[m][n];
+      ptx::add_to_global(base + 4 * (32 * (m * kN + n) + lane()), {x[0], x[1], x[2], x[3]});
+    }
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void load_from_global(Accumulator<kM, kN>& acc, const float* base) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float4 x = *reinterpret_cast<const float4*>(base + 4 * (32 * (m * kN + n) + lane()));
+      acc.at[m][n][0] = x.x;
+      acc.at[m][n][1] = x.y;
+      acc.at[m][n][2] = x.z;
+      acc.at[m][n][3] = x.w;
+    }
+}
+
+}  // namespace heed::tile
