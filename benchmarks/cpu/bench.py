@@ -113,9 +113,14 @@ def padded(dtype: str, seconds: float) -> list[Cell]:
     return [Cell("padded", f"B8 S512 H12 D64 {fill:.0%} fill", dtype, a, b, flops / a * 1e-6, 0.0)]
 
 
-def decode(dtype: str, seconds: float) -> list[Cell]:
-    """One query against 8192 keys, 32 query and 8 key heads, rotating over caches that leave L3."""
+def decode(dtype: str, heads_first: bool, seconds: float) -> list[Cell]:
+    """One query against 8192 keys, 32 query and 8 key heads, rotating over caches that leave L3.
+
+    heads_first: a cache in memory as [batch, heads, seqlen, dim], as Transformers keeps it.
+    """
     caches = [tensors(1, 8192, 8, 128, DTYPES[dtype], 2) for _ in range(4 if dtype == "fp32" else 8)]
+    if heads_first:
+        caches = [[x.transpose(1, 2).contiguous().transpose(1, 2) for x in cache] for cache in caches]
     q = torch.randn(1, 1, 32, 128, dtype=DTYPES[dtype])
     turn = {"ours": 0, "theirs": 0}
 
@@ -131,7 +136,8 @@ def decode(dtype: str, seconds: float) -> list[Cell]:
         )
     bytes_read = 2 * 8192 * 8 * 128 * q.element_size()
     flops = 4 * 32 * 8192 * 128
-    return [Cell("decode", "1 x 8192 H32/8 D128", dtype, a, b, flops / a * 1e-6, bytes_read / a * 1e-6)]
+    layout = "heads first" if heads_first else "tokens first"
+    return [Cell("decode", f"1 x 8192 H32/8 D128 {layout}", dtype, a, b, flops / a * 1e-6, bytes_read / a * 1e-6)]
 
 
 def machine() -> dict[str, str]:
@@ -171,7 +177,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     cells: list[Cell] = []
-    print(f"{'work':9} {'shape':28} {'dtype':5} {'heed ms':>9} {'torch ms':>9} {'ratio':>6} {'GFLOP/s':>8}")
+    print(f"{'work':9} {'shape':32} {'dtype':5} {'heed ms':>9} {'torch ms':>9} {'ratio':>6} {'GFLOP/s':>8}")
     for dtype in DTYPES:
         runs: list[Callable[[], list[Cell]]] = []
         if args.only in (None, "dense"):
@@ -183,12 +189,12 @@ def main() -> None:
         if args.only in (None, "padded"):
             runs.append(lambda: padded(dtype, args.seconds))
         if args.only in (None, "decode"):
-            runs.append(lambda: decode(dtype, args.seconds))
+            runs += [lambda h=h: decode(dtype, h, args.seconds) for h in (True, False)]  # type: ignore[misc]
         for run in runs:
             for cell in run():
                 cells.append(cell)
                 print(
-                    f"{cell.work:9} {cell.shape:28} {cell.dtype:5} {cell.heed_ms:9.2f} "
+                    f"{cell.work:9} {cell.shape:32} {cell.dtype:5} {cell.heed_ms:9.2f} "
                     f"{cell.torch_ms:9.2f} {cell.ratio:6.2f} {cell.gflops:8.1f}",
                     flush=True,
                 )
