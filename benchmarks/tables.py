@@ -42,13 +42,39 @@ def speed_table(data: dict) -> str:
     return "\n".join(lines)
 
 
+def model_table(data: dict) -> str:
+    """One line per cell with the attentions side by side, then where and how it was measured."""
+    names = list(dict.fromkeys(name for cell in data["cells"] for name in cell["ms"]))
+    lines = [
+        f"| work | shape | {' | '.join(f'{name} ms' for name in names)} | speed-up over sdpa |",
+        "|---|---|" + "---|" * (len(names) + 1),
+    ]
+    for cell in data["cells"]:
+        ms = cell["ms"]
+        times = ["-" if not (t := ms.get(n)) else f"{t:.0f}" if t >= 100 else f"{t:.3g}" for n in names]
+        ratio = f"**{ms['sdpa'] / ms['heed']:.2f}x**" if ms["sdpa"] and ms["heed"] else "-"
+        lines.append(f"| {' | '.join([cell['work'], cell['shape'], *times, ratio])} |")
+    m = data["machine"]
+    lines += [
+        "",
+        f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, Transformers {m['transformers']}, "
+        f"{m['date']}, commit `{m['commit']}`: `{m['command']}`",
+    ]
+    return "\n".join(lines)
+
+
+def table_of(data: dict) -> str:
+    if "kernels" in data:
+        return support_table(data)
+    return model_table(data) if "ms" in data["cells"][0] else speed_table(data)
+
+
 def fill(text: str) -> str:
     """Replaces what stands between <!-- table: NAME --> and <!-- end --> by the table of NAME.json."""
 
     def replace(match: re.Match[str]) -> str:
         data = json.loads((ROOT / "benchmarks" / "results" / f"{match[1]}.json").read_text())
-        table = support_table(data) if "kernels" in data else speed_table(data)
-        return f"<!-- table: {match[1]} -->\n{table}\n<!-- end -->"
+        return f"<!-- table: {match[1]} -->\n{table_of(data)}\n<!-- end -->"
 
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
 

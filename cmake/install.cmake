@@ -11,6 +11,13 @@ install(TARGETS heed EXPORT heedTargets
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
   RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/heed DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+if(HEED_CUDA AND NOT BUILD_SHARED_LIBS)
+  # Users of the static library link the CUDA runtime that it was built with.
+  get_target_property(cudart CUDA::cudart_static IMPORTED_LOCATION)
+  install(FILES ${cudart} DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  target_link_libraries(heed INTERFACE
+    $<INSTALL_INTERFACE:$<INSTALL_PREFIX>/${CMAKE_INSTALL_LIBDIR}/libcudart_static.a$<SEMICOLON>rt$<SEMICOLON>dl>)
+endif()
 if(TARGET heed_cli)
   install(TARGETS heed_cli RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endif()
@@ -31,6 +38,9 @@ foreach(runtime IN ITEMS stdc++ c++ m)
     string(APPEND HEED_PC_LIBS " -l${runtime}")
   endif()
 endforeach()
+if(HEED_CUDA)
+  string(APPEND HEED_PC_LIBS " -lcudart_static -lrt -ldl")
+endif()
 if(BUILD_SHARED_LIBS)
   set(HEED_PC_LIBS "")
 endif()

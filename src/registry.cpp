@@ -25,7 +25,11 @@ const char* name_of(Pass pass) {
 }
 
 std::string name_of(const KernelRow& row) {
-  return std::string(name_of(row.arch)) + "/" + name_of(row.pass) + "/" + name_of(row.dtype);
+  std::string name = std::string(name_of(row.arch)) + "/" + name_of(row.pass) + "/" + name_of(row.dtype);
+  if (row.arch >= Arch::sm80)
+    name += "/hdim" + std::to_string(row.max_head_dim) + "/" + name_of(row.score) + "/" +
+            std::to_string(row.tile_m) + "x" + std::to_string(row.tile_n);
+  return name;
 }
 
 std::span<const KernelRow> registry() {
@@ -40,18 +44,25 @@ std::span<const KernelRow> registry() {
   return table;
 }
 
-namespace {
-
-// x86 sets contain each other in the order of the enumeration; NEON stands alone.
+// x86 sets contain each other in the order of the enumeration; NEON stands alone. Kernels of a later
+// GPU than sm80 use instructions that only its own family has.
 bool serves(Arch row, Arch device) {
   if (row == device) return true;
-  if (device >= Arch::sm80) return row >= Arch::sm80 && row < device;
+  if (device >= Arch::sm80) return row == Arch::sm80;
   if (row == Arch::reference) return true;
   if (device == Arch::neon) return row == Arch::scalar;
   return row < device;
 }
 
-}  // namespace
+int most_smem_bytes(Arch arch) {
+  switch (arch) {
+    case Arch::sm80: return 163 * 1024;
+    case Arch::sm90:
+    case Arch::sm100: return 227 * 1024;
+    case Arch::sm120: return 99 * 1024;
+    default: return 0;
+  }
+}
 
 Mismatch mismatch(const KernelRow& row, const Request& request) {
   const bool pass_fits =
@@ -59,9 +70,11 @@ Mismatch mismatch(const KernelRow& row, const Request& request) {
   if (!pass_fits) return Mismatch::pass;
   if (row.dtype != request.dtype) return Mismatch::dtype;
   if (!serves(row.arch, request.arch)) return Mismatch::arch;
+  if (row.score != request.score && row.score != ScoreKind::general) return Mismatch::score;
   if (request.head_dim > row.max_head_dim) return Mismatch::head_dim;
   if (row.max_query_rows > 0 && request.query_rows > row.max_query_rows)
     return Mismatch::query_rows;
+  if (row.smem_bytes > request.smem_bytes) return Mismatch::smem;
   if (request.force != nullptr && name_of(row).rfind(request.force, 0) != 0)
     return Mismatch::forced;
   return Mismatch::none;
@@ -81,6 +94,12 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
     case Mismatch::query_rows:
       return "takes up to " + std::to_string(row.max_query_rows) +
              " query rows per key head, here " + std::to_string(request.query_rows);
+    case Mismatch::score:
+      return std::string("computes ") + name_of(row.score) + " scores, here " +
+             name_of(request.score);
+    case Mismatch::smem:
+      return "needs " + std::to_string(row.smem_bytes) + " bytes of shared memory per block, here " +
+             std::to_string(request.smem_bytes);
     case Mismatch::forced: return std::string("another kernel is forced: ") + request.force;
   }
   return {};

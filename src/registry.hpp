@@ -35,15 +35,26 @@ struct KernelRow {
 
   ScoreKind score = ScoreKind::general;  // the most that it computes; CPU kernels take everything
   int smem_bytes = 0;                    // GPU: shared memory of a block
+  int ctas = 0;                          // GPU: blocks that a multiprocessor holds
 };
-// arch/pass/dtype, such as "avx512/forward/bf16".
+// "avx512/forward/bf16"; of a GPU also head_dim, score and tile: "sm80/forward/bf16/hdim64/plain/128x128".
 std::string name_of(const KernelRow& row);
 
 // Every kernel of this build, best first.
 std::span<const KernelRow> registry();
 
 // The first thing about a row that does not fit a request.
-enum class Mismatch : std::uint8_t { none, pass, arch, dtype, head_dim, query_rows, forced };
+enum class Mismatch : std::uint8_t {
+  none,
+  pass,
+  arch,
+  dtype,
+  score,
+  head_dim,
+  query_rows,
+  smem,
+  forced
+};
 
 struct Request {
   Pass pass;  // forward also takes decode rows
@@ -51,8 +62,15 @@ struct Request {
   Arch arch;
   std::int64_t head_dim;
   std::int64_t query_rows;
-  const char* force;  // null: none
+  const char* force = nullptr;  // null: none
+  ScoreKind score = ScoreKind::plain;
+  int smem_bytes = 0;  // GPU: that a block can have
 };
+// Whether a device of one family runs the kernels of another.
+bool serves(Arch row, Arch device);
+// The most shared memory that a block can have on GPUs of a family; 0 for a CPU.
+int most_smem_bytes(Arch arch);
+
 Request request_of(const ForwardProblem& problem, const Device& device, const Options& options);
 Request request_of(const BackwardProblem& problem, const Device& device, const Options& options);
 

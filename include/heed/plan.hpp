@@ -31,12 +31,15 @@ const char* name_of(Arch arch);
 
 struct Device {
   Arch arch = Arch::scalar;
-  int units = 1;  // CPU: threads; GPU: multiprocessors
+  int units = 1;       // CPU: threads; GPU: multiprocessors
+  int smem_bytes = 0;  // GPU: shared memory that a block can have; 0: the most that its arch has
 
   bool is_cpu() const { return arch < Arch::sm80; }
   // This machine's CPU, with as many threads as the default executor. HEED_FORCE_ISA=scalar|avx2|
   // avx512|avx512_bf16|reference lowers the instruction set; a set the CPU lacks is an error.
   static Result<Device> cpu();
+  // The GPU of that number; -1: the calling thread's current one. Asked once per GPU and process.
+  static Result<Device> cuda(int ordinal = -1);
 };
 
 // Runs the parts of a CPU kernel. Results never depend on how many workers there are.
@@ -52,12 +55,16 @@ class Executor {
   static Executor& pool();
 };
 
-// Where work is put: a CUDA stream, or an executor of the CPU (null: heed's own pool).
+// Where work is put: a CUDA stream of the current GPU, or an executor of the CPU (null: heed's own
+// pool).
 struct Queue {
   Queue() = default;
-  Queue(CUstream_st* cuda_stream) : stream(cuda_stream) {}  // NOLINT(google-explicit-constructor)
+  // A null stream is the GPU's default stream.
+  Queue(CUstream_st* cuda_stream)  // NOLINT(google-explicit-constructor)
+      : on_gpu(true), stream(cuda_stream) {}
   Queue(Executor& cpu) : executor(&cpu) {}                  // NOLINT(google-explicit-constructor)
 
+  bool on_gpu = false;
   CUstream_st* stream = nullptr;
   Executor* executor = nullptr;
 };
@@ -72,7 +79,7 @@ inline constexpr std::size_t kWorkspaceAlignment = 64;
 // Everything that changes only the speed, or the order of additions.
 struct Options {
   int splits = 0;              // key splits of decode; 0: chosen from the shape
-  bool deterministic = true;   // the CPU kernels always are
+  bool deterministic = false;  // GPU backward: the same bits every time, slower; all else always is
   const char* force = nullptr; // a kernel's name from `heed list`; HEED_FORCE_KERNEL does the same
 };
 
@@ -100,7 +107,7 @@ std::string explain(const BackwardProblem& problem, const Device& device,
 Status run(const Plan& plan, const ForwardProblem& problem, Workspace workspace, Queue queue = {});
 Status run(const Plan& plan, const BackwardProblem& problem, Workspace workspace, Queue queue = {});
 
-// plan + run on this machine's CPU. An empty workspace is allowed where the plan needs none; one that is
+// plan + run on this machine's CPU, or on the current GPU where the queue is a stream. An empty workspace is allowed where the plan needs none; one that is
 // too small is refused with the size it must have.
 Status forward(const ForwardProblem& problem, Workspace workspace = {}, Queue queue = {},
                const Options& options = {});

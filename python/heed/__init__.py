@@ -39,6 +39,7 @@ def attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention of every query row over the keys that it sees.
@@ -53,9 +54,10 @@ def attention(
     exist. Python reads no value of a tensor, so nothing waits for a device.
 
     Args:
-        q: float32, bfloat16, float16 or float64, ``[batch, seqlen_q, heads_q, head_dim]`` or
-            packed ``[total_q, heads_q, head_dim]``. head_dim is 1 to 512. Strides are free, but
-            a last stride other than 1 costs a copy.
+        q: ``[batch, seqlen_q, heads_q, head_dim]`` or packed ``[total_q, heads_q, head_dim]``. On
+            a CPU float32, bfloat16, float16 or float64 with head_dim 1 to 512, on a GPU bfloat16
+            or float16 with head_dim 1 to 256. Strides are free, but a last stride other than 1
+            costs a copy.
         k: ``[batch, seqlen_k, heads_k, head_dim]``, packed ``[total_k, heads_k, head_dim]`` or
             pages ``[num_pages, page_size, heads_k, head_dim]``. heads_q is a multiple of heads_k:
             query head h reads key head ``h // (heads_q // heads_k)``.
@@ -88,6 +90,9 @@ def attention(
             ``1 - dropout_p``.
         seed: int64 ``[1]``, on q's device: the same seed drops the same entries. Default: drawn
             from PyTorch's generator.
+        deterministic: gradients have the same bits every time. On a GPU that costs time, and memory
+            where a bias that is broadcast has a gradient; everything else always has the same bits.
+            Default: ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse.
 
     Returns:
@@ -113,7 +118,9 @@ def attention(
             scale = q.shape[-1] ** -0.5
         except (IndexError, ZeroDivisionError):
             scale = 1.0  # the operator refuses such a q
-    device = "cpu" if q.is_cpu else q.device.type
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    device = "cpu" if q.is_cpu else "cuda" if q.is_cuda else q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         q, k, v = _autocast(q, k, v)
     if dropout_p and seed is None:
@@ -142,6 +149,7 @@ def attention(
         dropout_p,
         -1 if max_seqlen_q is None else _checked_length("max_seqlen_q", max_seqlen_q),
         -1 if max_seqlen_k is None else _checked_length("max_seqlen_k", max_seqlen_k),
+        deterministic,
     )
     return (out, lse) if return_lse else out
 

@@ -49,7 +49,7 @@ _OPTIONAL_TENSORS = (
     "seed",
 )
 _NUM_TENSORS = 3 + len(_OPTIONAL_TENSORS)
-_NUM_NUMBERS = 8
+_NUM_NUMBERS = 9
 # Gradients go to q, k, v, bias and sink; the other arguments have none.
 _NO_GRADIENTS = (None,) * (_NUM_TENSORS - 5 + _NUM_NUMBERS)
 
@@ -173,7 +173,8 @@ def _forward_fake(q, k, v, *fields):
 @torch.library.register_fake("heed::backward")
 def _backward_fake(dout, dlse, q, k, v, out, lse, bias, sink, *rest):
     _check_tensors(q, k=k, v=v, dout=dout, dlse=dlse, out=out, lse=lse, bias=bias, sink=sink)
-    want_dbias, want_dsink = (*rest, True, True)[18:20]
+    # PyTorch leaves out trailing arguments that have their schema's defaults.
+    want_dbias, want_dsink = (*rest, *(False, True, True)[len(rest) - 18 :])[19:21]
 
     def optional(of: Tensor | None, wanted: bool) -> Tensor:
         if of is None or of.dtype == torch.bool or not wanted:

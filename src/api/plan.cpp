@@ -1,8 +1,11 @@
 // From a problem to a decision: the first kernel of the table that fits, and its scratch memory.
+#include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 
 #include "api/validate.hpp"
+#include "core/schedule.hpp"
 #include "core/sequence.hpp"
 #include "registry.hpp"
 
@@ -13,6 +16,11 @@ const char* forced_kernel(const Options& options) {
   return options.force != nullptr ? options.force : std::getenv("HEED_FORCE_KERNEL");
 }
 
+ScoreKind score_kind(const ForwardProblem& p) {
+  if (p.bias || p.dropout.probability > 0) return ScoreKind::general;
+  return p.score.softcap > 0 ? ScoreKind::softcap : ScoreKind::plain;
+}
+
 Request request_of(Pass pass, const ForwardProblem& p, const Device& device,
                    const Options& options) {
   const std::int64_t group = p.k.heads() == 0 ? 1 : p.q.heads() / p.k.heads();
@@ -21,7 +29,9 @@ Request request_of(Pass pass, const ForwardProblem& p, const Device& device,
           .arch = device.arch,
           .head_dim = p.q.head_dim() > p.v.head_dim() ? p.q.head_dim() : p.v.head_dim(),
           .query_rows = group * max_seqlen_q(p),
-          .force = forced_kernel(options)};
+          .force = forced_kernel(options),
+          .score = score_kind(p),
+          .smem_bytes = device.smem_bytes > 0 ? device.smem_bytes : most_smem_bytes(device.arch)};
 }
 
 Status no_kernel(const Request& request) {
@@ -30,20 +40,48 @@ Status no_kernel(const Request& request) {
             std::string("the forced kernel ") + request.force + " does not serve this problem (" +
                 name_of(request.pass) + ", " + name_of(request.dtype) +
                 "); `heed list` prints the kernels' names"};
-  return {Code::unsupported, std::string("no kernel of this build serves ") +
-                                 name_of(request.pass) + " of " + name_of(request.dtype) +
-                                 " tensors on " + name_of(request.arch)};
+  // The nearest miss says what to change.
+  std::string dtypes;
+  std::int64_t head_dim = 0;
+  for (const KernelRow& row : registry()) {
+    if (row.pass != request.pass || !serves(row.arch, request.arch)) continue;
+    if (dtypes.find(name_of(row.dtype)) == std::string::npos)
+      dtypes += std::string(dtypes.empty() ? "" : ", ") + name_of(row.dtype);
+    if (row.dtype == request.dtype) head_dim = std::max<std::int64_t>(head_dim, row.max_head_dim);
+  }
+  if (dtypes.empty())
+    return {Code::unsupported, std::string("no kernel of this build serves ") +
+                                   name_of(request.pass) + " on " + name_of(request.arch)};
+  if (head_dim == 0)
+    return {Code::unsupported, std::string("q.dtype = ") + name_of(request.dtype) +
+                                   " must be one of " + dtypes + " for " + name_of(request.pass) +
+                                   " on " + name_of(request.arch)};
+  return {Code::unsupported, "q.head_dim or v.head_dim = " + std::to_string(request.head_dim) +
+                                 " must be at most " + std::to_string(head_dim) + " for " +
+                                 name_of(request.pass) + " on " + name_of(request.arch)};
 }
 
 // Few query rows leave few tasks, so the keys are split; every part has at least kKeysPerSplit.
-int splits_of(const KernelRow& row, const ForwardProblem& p, const Options& options) {
+int cpu_splits(const ForwardProblem& p, int wanted) {
   constexpr std::int64_t kTasks = 32;
   constexpr std::int64_t kKeysPerSplit = 512;
-  if (row.pass != Pass::decode) return 1;
-  const std::int64_t most = clamp64(max_seqlen_k(p) / kKeysPerSplit, 1, 1024);
-  if (options.splits > 0) return static_cast<int>(clamp64(options.splits, 1, most));
+  const std::int64_t most = clamp64(max_seqlen_k(p) / kKeysPerSplit, 1, kMostSplits);
+  if (wanted > 0) return static_cast<int>(clamp64(wanted, 1, most));
   const std::int64_t tasks = batch_entries(p) * p.k.heads();
   return static_cast<int>(clamp64(tasks == 0 ? 1 : (kTasks + tasks - 1) / tasks, 1, most));
+}
+
+int splits_of(const KernelRow& row, const ForwardProblem& p, const Device& device,
+              const Options& options) {
+  if (row.pass != Pass::decode) return 1;
+  if (device.is_cpu()) return cpu_splits(p, options.splits);
+  const std::int64_t group = p.k.heads() == 0 ? 1 : p.q.heads() / p.k.heads();
+  const std::int64_t tiles = (max_seqlen_q(p) * group + row.tile_m - 1) / row.tile_m;
+  return gpu_splits({.tasks = batch_entries(p) * p.k.heads() * tiles,
+                     .slots = std::int64_t{device.units} * row.ctas,
+                     .keys = max_seqlen_k(p),
+                     .tile_n = row.tile_n},
+                    options.splits);
 }
 
 const ForwardProblem& forward_of(const ForwardProblem& problem) { return problem; }
@@ -66,7 +104,9 @@ Result<Plan> plan_any(const Problem& problem, const Device& device, const Option
   if (row == nullptr) return no_kernel(request);
   Plan plan{.row = row,
             .workers = device.units > 0 ? device.units : 1,
-            .splits = splits_of(*row, forward_of(problem), options)};
+            .splits = splits_of(*row, forward_of(problem), device, options)};
+  plan.deterministic =
+      device.is_cpu() || request.pass == Pass::forward || options.deterministic;
   plan.workspace_bytes = bytes_of(plan, problem);
   return plan;
 }
@@ -81,6 +121,7 @@ std::string explain_any(const Problem& problem, const Device& device, const Opti
     if (&row == chosen->row) break;
     const Mismatch why = mismatch(row, request);
     if (why == Mismatch::pass || why == Mismatch::dtype) continue;
+    if ((row.arch < Arch::sm80) != device.is_cpu()) continue;  // CPUs and GPUs are different tables
     text += "  not " + name_of(row) + ": " + describe(why, row, request) + "\n";
   }
   return text;
@@ -97,8 +138,9 @@ Request request_of(const BackwardProblem& problem, const Device& device, const O
 }
 
 std::string describe(const Plan& plan) {
+  const char* unit = plan.row->arch < Arch::sm80 ? " workers, " : " multiprocessors, ";
   return name_of(*plan.row) + ": tile " + std::to_string(plan.row->tile_m) + " x " +
-         std::to_string(plan.row->tile_n) + ", " + std::to_string(plan.workers) + " workers, " +
+         std::to_string(plan.row->tile_n) + ", " + std::to_string(plan.workers) + unit +
          std::to_string(plan.splits) + " splits, workspace " +
          std::to_string(plan.workspace_bytes) + " bytes";
 }

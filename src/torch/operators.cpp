@@ -11,6 +11,7 @@
 
 #include "api/message.hpp"
 #include "executor.hpp"
+#include "gpu.hpp"
 #include "heed/heed.hpp"
 #include "registry.hpp"
 #include "tensors.hpp"
@@ -55,19 +56,22 @@ struct Fields {
         softcap(a.take<double>()),
         dropout_p(a.take<double>()),
         max_seqlen_q(a.take<std::int64_t>()),
-        max_seqlen_k(a.take<std::int64_t>()) {}
+        max_seqlen_k(a.take<std::int64_t>()),
+        deterministic(a.take<bool>()) {}
 
   std::optional<Tensor> bias, sink, intervals, key_bits, cu_seqlens_q, cu_seqlens_k, start_q,
       start_k, seqused_q, seqused_k, page_table, seed;
   std::int64_t left, right, chunk;
   double scale, softcap, dropout_p;
   std::int64_t max_seqlen_q, max_seqlen_k;
+  bool deterministic;
 };
 constexpr const char* kFields =
     "Tensor? bias, Tensor? sink, Tensor? intervals, Tensor? key_bits, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? start_q, Tensor? start_k, Tensor? seqused_q, "
     "Tensor? seqused_k, Tensor? page_table, Tensor? seed, int left, int right, int chunk, "
-    "float scale, float softcap, float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k";
+    "float scale, float softcap, float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "bool deterministic=False";
 
 // -1 is unbounded; what no int holds is refused with the nearest one.
 int band_limit(std::int64_t limit) {
@@ -205,27 +209,36 @@ class Problem {
       seqused_k_, page_table_, seed_;
 };
 
-// Where the tensors' device computes.
+// Where the tensors' device computes; a GPU is the current one as long as this lives.
 struct Target {
   Device device;
   Queue queue;
+  std::optional<DeviceGuard> guard{};
 };
 
-Target target_of(const Tensor& q) {
-  if (device_type(q) != aoti_torch_device_type_cpu())
-    raise(unsupported("q.device = cuda must be cpu: this build has no CUDA kernels"));
-  static TorchExecutor executor;
-  static const Result<Device> cpu = Device::cpu();
-  check(cpu.status());
-  Target target{.device = *cpu, .queue = executor};
-  target.device.units = executor.concurrency();
-  return target;
+void aim_at(Target& target, const Tensor& q) {
+  if (device_type(q) == aoti_torch_device_type_cpu()) {
+    static TorchExecutor executor;
+    static const Result<Device> cpu = Device::cpu();
+    check(cpu.status());
+    target.device = *cpu;
+    target.device.units = executor.concurrency();
+    target.queue = executor;
+    return;
+  }
+  const std::int32_t index = device_index(q);
+  const Result<Device> gpu = Device::cuda(index);
+  check(gpu.status());
+  target.device = *gpu;
+  target.guard.emplace(index);
+  target.queue = current_stream(index);
 }
 
 template <class AnyProblem>
-void plan_and_run(const AnyProblem& problem, const Tensor& q) {
-  const Target target = target_of(q);
-  const Result<Plan> chosen = plan(problem, target.device);
+void plan_and_run(const AnyProblem& problem, const Tensor& q, const Options& options) {
+  Target target;
+  aim_at(target, q);
+  const Result<Plan> chosen = plan(problem, target.device, options);
   if (!chosen.ok()) raise(chosen.status());
   std::optional<Tensor> scratch;
   Workspace workspace{.bytes = chosen->workspace_bytes};
@@ -250,7 +263,7 @@ void forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const Tensor lse = empty({lse_shape.data(), problem.rank() - 1}, dtype_codes().f32, q);
   problem->out = mutable_view_of("out", out);
   problem->lse = static_cast<float*>(lse.mutable_data_ptr());
-  plan_and_run(*problem, q);
+  plan_and_run(*problem, q, {.deterministic = fields.deterministic});
 
   stack[0] = torch::stable::detail::from(out);
   stack[1] = torch::stable::detail::from(lse);
@@ -318,7 +331,7 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   problem.dv = mutable_view_of("dv", dv);
   if (dbias.wanted()) problem.dbias = mutable_view_of("dbias", dbias.tensor());
   if (dsink.wanted()) problem.dsink = static_cast<float*>(dsink.tensor().mutable_data_ptr());
-  plan_and_run(problem, q);
+  plan_and_run(problem, q, {.deterministic = fields.deterministic});
 
   stack[0] = torch::stable::detail::from(dq);
   stack[1] = torch::stable::detail::from(dk);
@@ -327,21 +340,30 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[4] = torch::stable::detail::from(dsink.result());
 }
 
-// For `python -m heed`: "isa<tab>name", then a line "kernel<tab>reason" per row of the table, best
-// first; the reason is empty where the kernel runs on this machine.
+// For `python -m heed`: "cpu<tab>isa", "gpu<tab>arch<tab>why there is none", then a line
+// "kernel<tab>reason" per row of the table, best first; the reason is empty where the kernel runs on
+// this machine.
 void kernels(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const Result<Device> cpu = Device::cpu();
+  const Result<Device> cpu = Device::cpu(), gpu = Device::cuda(0);
   check(cpu.status());
-  std::string text = concat("isa\t", name_of(cpu->arch), "\n");
+  std::string text = concat("cpu\t", name_of(cpu->arch), "\ngpu\t");
+  text += gpu.ok() ? concat(name_of(gpu->arch), "\t\n") : "\t" + gpu.status().message() + "\n";
   for (const KernelRow& row : registry()) {
+    const bool on_gpu = row.arch >= Arch::sm80;
+    text += name_of(row) + "\t";
+    if (on_gpu && !gpu.ok()) {
+      text += "no GPU\n";
+      continue;
+    }
     const Request request{.pass = row.pass,
                           .dtype = row.dtype,
-                          .arch = cpu->arch,
+                          .arch = on_gpu ? gpu->arch : cpu->arch,
                           .head_dim = 1,
                           .query_rows = 1,
-                          .force = std::getenv("HEED_FORCE_KERNEL")};
+                          .force = std::getenv("HEED_FORCE_KERNEL"),
+                          .score = row.score,
+                          .smem_bytes = on_gpu ? gpu->smem_bytes : 0};
     const Mismatch why = mismatch(row, request);
-    text += name_of(row) + "\t";
     if (why != Mismatch::none) text += describe(why, row, request);
     text += "\n";
   }

@@ -83,12 +83,6 @@ std::string device_name(std::int32_t type, std::int32_t index) {
   return concat("device type ", type);
 }
 
-std::int32_t device_index(const Tensor& tensor) {
-  std::int32_t index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
-  return index;
-}
-
 bool fits(Shape shape, std::initializer_list<std::int64_t> wanted) {
   return std::ranges::equal(shape, wanted, [](std::int64_t extent, std::int64_t want) {
     return want == Array::kAny || extent == want;
@@ -131,6 +125,12 @@ std::int32_t device_type(const Tensor& tensor) {
   std::int32_t type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   return type;
+}
+
+std::int32_t device_index(const Tensor& tensor) {
+  std::int32_t index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  return index;
 }
 
 Tensor empty(Shape shape, std::int32_t dtype, const Tensor& like) {

@@ -34,6 +34,7 @@ const DTypeCodes& dtype_codes();
 Shape shape_of(const Tensor& tensor);
 std::int32_t dtype_code(const Tensor& tensor);
 std::int32_t device_type(const Tensor& tensor);
+std::int32_t device_index(const Tensor& tensor);
 
 // An uninitialised row-major tensor on the device of `like`.
 Tensor empty(Shape shape, std::int32_t dtype, const Tensor& like);

@@ -30,6 +30,17 @@ TEST_P(Decode, EveryKernelMatchesTheOracle) {
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, Decode, testing::ValuesIn(decode_shapes()), test_name);
 
+class Larger : public testing::TestWithParam<Shape> {};
+TEST_P(Larger, EveryGpuKernelMatchesTheOracle) {
+  if (!Device::cuda().ok()) GTEST_SKIP() << Device::cuda().status().message();
+  CheckOptions options;
+  options.dtypes = {DType::bf16, DType::f16};
+  options.compare_naive = false;
+  options.gpu_only = true;
+  EXPECT_GT(check_shape(GetParam(), 1, options), 0);
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, Larger, testing::ValuesIn(larger_shapes()), test_name);
+
 // Every pair of lengths around the vector, panel and tile sizes.
 TEST(Sweep, LengthsAroundEveryTileSize) {
   CheckOptions options;

@@ -8,23 +8,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from device import DEVICE, moved
+
 
 @dataclass
 class Case:
-    """Tensors in float64; what differentiates is cast to the dtype under test."""
+    """Tensors in float64 on the CPU; `to` gives what differentiates the dtype under test."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     options: dict = field(default_factory=dict)
 
-    def to(self, dtype: torch.dtype) -> Case:
-        options = dict(self.options)
+    def to(self, dtype: torch.dtype, device: str = DEVICE) -> Case:
+        options = moved(self.options, device)
         # A test of another dtype than the tensors' sets its own.
         for name in ("bias", "sink"):
             if name in options and options[name].dtype == torch.float64:
                 options[name] = options[name].to(torch.float32)
-        return Case(self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), options)
+        return Case(*(t.to(device, dtype) for t in (self.q, self.k, self.v)), options)
 
 
 CASES: dict[str, Callable[[], Case]] = {}

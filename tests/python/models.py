@@ -12,6 +12,8 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 
+from device import DEVICE, DTYPE
+
 BATCH, SEQLEN, VOCAB = 2, 24, 64
 PADDINGS = ("none", "left", "right", "holes")
 IMAGE_TOKEN, IMAGE_TOKENS = 60, 4
@@ -41,18 +43,18 @@ def padding_mask(padding: str, batch: int = BATCH, seqlen: int = SEQLEN) -> Tens
     elif padding == "holes":
         mask[0, 1::4] = 0
         mask[0, seqlen // 2 : seqlen // 2 + 3] = 0
-    return mask
+    return mask.to(DEVICE)
 
 
 def tokens(
     batch: int = BATCH, seqlen: int = SEQLEN, seed: int = 0, vocab: int = IMAGE_TOKEN
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, vocab, (batch, seqlen), generator=generator)
+    return torch.randint(3, vocab, (batch, seqlen), generator=generator).to(DEVICE)
 
 
 def pixels(size: int, batch: int = BATCH) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def _with_mask(inputs: dict, padding: str, name: str = "attention_mask") -> dict:
@@ -71,7 +73,7 @@ def _text_to_text(padding: str) -> dict:
 
 def _speech(padding: str) -> dict:
     features = torch.randn(BATCH, 8, 40, generator=torch.Generator().manual_seed(1))
-    inputs = {"input_features": features, "decoder_input_ids": tokens()}
+    inputs = {"input_features": features.to(DEVICE), "decoder_input_ids": tokens()}
     return _with_mask(inputs, padding, "decoder_attention_mask")
 
 
@@ -103,7 +105,7 @@ def _two_images_and_text(padding: str) -> dict:
 def _prefix_and_suffix(padding: str) -> dict:
     """PaliGemma's prefix (image and question, type 0) sees itself whole; the answer is causal."""
     inputs = _image_and_text(padding)
-    types = torch.zeros(BATCH, SEQLEN, dtype=torch.long)
+    types = torch.zeros(BATCH, SEQLEN, dtype=torch.long, device=DEVICE)
     types[:, 15:] = 1
     if padding == "right":  # the processor pads types with 0
         types[padding_mask(padding) == 0] = 0
@@ -332,12 +334,26 @@ def available(name: str) -> Tiny:
     return tiny
 
 
-def build(tiny: Tiny, attention: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
-    """The model in eval mode; equal seeds give equal weights, so large that attention matters."""
+def build(
+    tiny: Tiny,
+    attention: str,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: str = DEVICE,
+    **changes,
+):
+    """The model in eval mode, by default in DTYPE with heed and in float32 with another attention.
+
+    Equal seeds give equal weights in all dtypes, so large that attention matters.
+    """
     torch.manual_seed(seed)
+    if dtype is None:
+        dtype = DTYPE if attention == "heed" else torch.float32
     config = tiny.config()
     if dtype == torch.float64:
         config._experts_implementation = "eager"  # the others know no float64
+    elif dtype != torch.float32 or device != "cpu":
+        config._experts_implementation = "batched_mm"  # the default one wants bfloat16 on a GPU
     for key, value in changes.items():
         setattr(config, key, value)
     model = getattr(transformers, tiny.architecture)._from_config(
@@ -346,4 +362,4 @@ def build(tiny: Tiny, attention: str, seed: int = 0, dtype: torch.dtype = torch.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.15)
-    return model.to(dtype).eval()
+    return model.to(DTYPE).to(device, dtype).eval()

@@ -13,6 +13,7 @@ namespace heed::test {
 struct CheckOptions {
   std::vector<DType> dtypes{DType::f32, DType::bf16, DType::f16, DType::f64};
   bool compare_naive = true;
+  bool gpu_only = false;
   RunOptions run;
 };
 

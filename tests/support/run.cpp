@@ -2,18 +2,29 @@
 
 #include <bit>
 #include <cstdio>
+#include <cstdlib>
 #include <set>
 #include <sstream>
 #include <thread>
 
 #include "support/gate.hpp"
+#include "support/gpu.hpp"
 
 namespace heed::test {
 namespace {
 
+bool is_gpu(const KernelRow& row) { return row.arch >= Arch::sm80; }
+
 Device machine(int units) {
   const Result<Device> device = Device::cpu();
   return {.arch = device.ok() ? device->arch : Arch::scalar, .units = units};
+}
+
+// The device that runs the row; without a GPU an invented one, so that planning can be tested.
+Device machine_of(const KernelRow& row, int units) {
+  if (!is_gpu(row)) return machine(units);
+  const Result<Device> gpu = Device::cuda();
+  return gpu.ok() ? *gpu : Device{.arch = row.arch, .units = 132};
 }
 
 // Poisons the workspace, runs, and looks at every guard.
@@ -26,6 +37,7 @@ Status run_planned(const Plan& plan, const AnyProblem& problem, Problem& owner,
   if (aligned != bytes)
     return {Code::device, "workspace_bytes = " + std::to_string(bytes) + " is no multiple of " +
                               std::to_string(kWorkspaceAlignment)};
+  if (is_gpu(*plan.row)) return run_on_gpu(plan, owner);
   Buffer workspace(bytes, true, kWorkspaceAlignment);
   workspace.fill(DType::f32, owner.poison);
   ThreadExecutor executor(options.workers);
@@ -38,17 +50,21 @@ Status run_planned(const Plan& plan, const AnyProblem& problem, Problem& owner,
 template <class AnyProblem>
 Result<Plan> plan_row(const KernelRow& row, const AnyProblem& problem, const RunOptions& options) {
   const std::string name = name_of(row);
-  Result<Plan> made =
-      plan(problem, machine(options.workers), {.splits = options.splits, .force = name.c_str()});
+  Result<Plan> made = plan(problem, machine_of(row, options.workers),
+                           {.splits = options.splits,
+                            .deterministic = options.deterministic,
+                            .force = name.c_str()});
   if (made.ok() && made->row != &row)
     return Status(Code::device,
                   "plan() chose " + name_of(*made->row) + " when " + name + " was forced");
   return made;
 }
 
-const KernelRow* forward_partner(const KernelRow& row) {
+// A forward kernel of the same family, for out and lse.
+const KernelRow* forward_partner(const KernelRow& row, const ForwardProblem& problem) {
   for (const KernelRow& other : registry())
-    if (other.arch == row.arch && other.pass == Pass::forward && other.dtype == row.dtype)
+    if (other.arch == row.arch && other.pass == Pass::forward && other.dtype == row.dtype &&
+        plan(problem, machine_of(other, 1), {.force = name_of(other).c_str()}).ok())
       return &other;
   return nullptr;
 }
@@ -71,7 +87,7 @@ Status run_forward(const KernelRow& row, Problem& problem, const RunOptions& opt
 Status run_backward(const KernelRow& row, Problem& problem, const RunOptions& options) {
   const Result<Plan> made = plan_row(row, problem.backward, options);
   if (!made.ok()) return made.status();
-  const KernelRow* partner = forward_partner(row);
+  const KernelRow* partner = forward_partner(row, problem.forward);
   if (partner == nullptr) return {Code::device, "no forward kernel goes with " + name_of(row)};
   if (Status s = run_forward(*partner, problem); !s.ok()) return s;
   return run_planned(*made, problem.backward, problem, options);
@@ -84,6 +100,15 @@ Status run_row(const KernelRow& row, Problem& problem, const RunOptions& options
 
 bool machine_runs(const KernelRow& row) {
   static std::set<Arch> told;
+  if (is_gpu(row)) {
+    const Result<Device> gpu = Device::cuda();
+    if (gpu.ok() && heed::serves(row.arch, gpu->arch) && row.smem_bytes <= gpu->smem_bytes)
+      return true;
+    if (told.insert(row.arch).second)
+      std::printf("[ NOT RUN  ] kernels of %s: %s\n", name_of(row.arch),
+                  gpu.ok() ? "another GPU" : gpu.status().message().c_str());
+    return false;
+  }
   const Arch arch = machine(1).arch;
   if (row.arch == Arch::reference || row.arch <= arch) return true;
   if (told.insert(row.arch).second)
@@ -93,9 +118,11 @@ bool machine_runs(const KernelRow& row) {
 }
 
 std::vector<const KernelRow*> runnable_rows() {
+  const char* wanted = std::getenv("HEED_TEST_ROWS");
   std::vector<const KernelRow*> rows;
   for (const KernelRow& row : registry())
-    if (machine_runs(row)) rows.push_back(&row);
+    if (name_of(row).starts_with(wanted == nullptr ? "" : wanted) && machine_runs(row))
+      rows.push_back(&row);
   return rows;
 }
 

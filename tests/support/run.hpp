@@ -1,4 +1,6 @@
-// Runs one kernel of the table on a test problem, in an exact and guarded workspace.
+// Runs one kernel of the table on a test problem, in an exact and guarded workspace. A GPU kernel gets
+// a copy of the problem between guards in device memory: in the host's strides, most of them odd,
+// where the poison is NaN, else in strides that allow copies of 16 bytes.
 #pragma once
 
 #include <string>
@@ -23,6 +25,7 @@ class ThreadExecutor : public Executor {
 struct RunOptions {
   int workers = 1;
   int splits = 0;
+  bool deterministic = true;
 };
 
 // Status of plan() or run(); damage outside the outputs is reported as Code::device.
@@ -34,7 +37,8 @@ Status run_row(const KernelRow& row, Problem& problem, const RunOptions& options
 // Whether this machine has the instructions; says once on the test's output if not.
 bool machine_runs(const KernelRow& row);
 inline constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
-// The rows this machine can run, of every dtype or of one.
+// The rows this machine can run, of every dtype or of one. HEED_TEST_ROWS=sm takes those whose names
+// begin with it.
 std::vector<const KernelRow*> runnable_rows();
 std::vector<const KernelRow*> runnable_rows(DType dtype);
 // Whether the row takes such problems at all (plan() says no with Code::unsupported otherwise).

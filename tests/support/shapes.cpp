@@ -288,10 +288,65 @@ std::vector<Shape> make_decode() {
   return all;
 }
 
+std::vector<Shape> make_larger() {
+  std::vector<Shape> all;
+  const auto add = [&](const char* name, std::vector<int> q, std::vector<int> k, int dim,
+                       auto change) {
+    Shape s;
+    s.name = std::string(name) + "_d" + std::to_string(dim);
+    s.seqlens_q = std::move(q);
+    s.seqlens_k = std::move(k);
+    s.head_dim = dim;
+    change(s);
+    all.push_back(std::move(s));
+  };
+  for (const int dim : {64, 96, 128, 192, 256}) {
+    add("large_causal", {520}, {520}, dim, [](Shape& s) { s.band = kCausal; });
+    add("large_full_gqa", {300}, {450}, dim, [](Shape& s) { s.heads_q = 2; });
+    add("large_window", {400}, {700}, dim, [](Shape& s) { s.band = {.left = 150, .right = 20}; });
+    add("large_chunked", {400}, {400}, dim, [](Shape& s) {
+      s.band = chunked(150);
+      s.dlse = true;
+    });
+    add("large_intervals", {400}, {500}, dim, [](Shape& s) { s.intervals = true; });
+    add("large_bits", {300}, {500}, dim, [](Shape& s) {
+      s.key_bits = true;
+      s.band = kCausal;
+    });
+    add("large_packed", {260, 0, 130}, {300, 7, 129}, dim, [](Shape& s) {
+      s.layout_q = s.layout_k = Layout::packed;
+      s.heads_q = 4;
+      s.heads_k = 2;
+      s.dlse = true;
+    });
+    add("large_padded", {260, 130}, {300, 129}, dim, [](Shape& s) {
+      s.layout_q = s.layout_k = Layout::padded;
+      s.sinks = Sinks::zero;
+      s.band = kCausal;
+    });
+    add("large_paged", {200, 60}, {400, 333}, dim, [](Shape& s) {
+      s.layout_k = Layout::paged;
+      s.page_size = 48;
+    });
+    add("large_softcap", {260}, {390}, dim, [](Shape& s) { s.softcap = 20.f; });
+    add("large_bias", {260}, {390}, dim, [](Shape& s) { s.bias = BiasKind::tensor; });
+    add("large_dropout", {260}, {390}, dim, [](Shape& s) {
+      s.dropout = 0.2f;
+      s.band = kCausal;
+    });
+  }
+  return all;
+}
+
 }  // namespace
 
 const std::vector<Shape>& curated_shapes() {
   static const std::vector<Shape> all = make_curated();
+  return all;
+}
+
+const std::vector<Shape>& larger_shapes() {
+  static const std::vector<Shape> all = make_larger();
   return all;
 }
 

@@ -136,47 +136,25 @@ __global__ void sum_dsink_of_head(const __grid_constant__ BackwardProblem b,
   if (threadIdx.x == 0) b.dsink[head] = parts[0];
 }
 
-__global__ void clear(const __grid_constant__ TensorView x) {
-  const std::int64_t count = x.numel();
-  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
-       i += std::int64_t{gridDim.x} * blockDim.x) {
-    std::int64_t rest = i, offset = 0;
-    for (int d = 3; d >= 0; --d) {
-      offset += rest % x.shape[d] * x.stride[d];
-      rest /= x.shape[d];
-    }
-    static_cast<float*>(x.data)[offset] = 0.f;
-  }
-}
-
 }  // namespace
 
 Status find_backward_rows(const BackwardProblem& b, const QueryTiles& tiles, BackwardRow* rows,
                           TileLimits* limits, BackwardBounds* bounds, cudaStream_t stream) {
   const std::int64_t blocks = tiles.per_entry * b.forward.q.heads() * batch_entries(b.forward);
-  const LaunchShape shape{.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(kThreads)};
+  const LaunchShape shape{.blocks = blocks, .threads = kThreads};
   const Params params{b, tiles, rows, limits, bounds};
-  if (b.forward.q.dtype == DType::bf16) return launch(find_rows<bf16>, shape, stream, params);
-  if (Status s = launch(find_rows<f16>, shape, stream, params); !s.ok()) return s;
+  if (b.forward.q.dtype == DType::bf16) return launch<find_rows<bf16>>(shape, stream, params);
+  if (Status s = launch<find_rows<f16>>(shape, stream, params); !s.ok()) return s;
   const int per_entry = static_cast<int>((max_seqlen_k(b.forward) + 63) / 64);
-  return launch(find_v_bound,
-                {.grid = dim3(static_cast<unsigned>(per_entry * batch_entries(b.forward))),
-                 .block = dim3(kThreads)},
-                stream, params, per_entry);
+  return launch<find_v_bound>(
+      {.blocks = per_entry * batch_entries(b.forward), .threads = kThreads}, stream, params,
+      per_entry);
 }
 
 Status sum_dsink(const BackwardProblem& b, const BackwardRow* rows, cudaStream_t stream) {
   if (b.dsink == nullptr) return {};
-  return launch(sum_dsink_of_head,
-                {.grid = dim3(static_cast<unsigned>(b.forward.q.heads())), .block = dim3(1024)},
-                stream, b, rows);
-}
-
-Status clear_dbias(const BackwardProblem& b, cudaStream_t stream) {
-  if (b.dbias.data == nullptr || b.dbias.numel() == 0) return {};
-  const std::int64_t blocks = clamp64((b.dbias.numel() + 255) / 256, 1, 4096);
-  return launch(clear, {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(256)}, stream,
-                b.dbias);
+  return launch<sum_dsink_of_head>({.blocks = b.forward.q.heads(), .threads = 1024}, stream, b,
+                                   rows);
 }
 
 }  // namespace heed::cuda

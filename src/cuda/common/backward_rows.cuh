@@ -55,7 +55,5 @@ Status find_backward_rows(const BackwardProblem& problem, const QueryTiles& tile
                           cudaStream_t stream);
 // dsink, in one order of additions; nothing without it.
 Status sum_dsink(const BackwardProblem& problem, const BackwardRow* rows, cudaStream_t stream);
-// dbias = 0; nothing without it.
-Status clear_dbias(const BackwardProblem& problem, cudaStream_t stream);
 
 }  // namespace heed::cuda

@@ -5,12 +5,13 @@
 #include "core/sequence.hpp"
 #include "cuda/common/rows.cuh"
 #include "cuda/host/launch.hpp"
+#include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/mma.cuh"
 
 namespace heed::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 constexpr int kMaxSplits = 1024;
 
 struct Params {
@@ -36,6 +37,7 @@ __device__ float reduce(float* scratch, float x, const Op& op) {
 // One block per query row and head; the parts are added in order.
 template <class Element>
 __global__ void join(const __grid_constant__ Params p) {
+  ptx::wait_for_kernel_before();
   const ForwardProblem& f = p.problem;
   const int heads = static_cast<int>(f.q.heads());
   const int row = static_cast<int>(blockIdx.x % p.rows_per_entry);
@@ -64,16 +66,33 @@ __global__ void join(const __grid_constant__ Params p) {
   if (sink != -kInfinity) sum += ptx::exp2(sink - max);
   if (f.lse != nullptr && thread == 0)
     f.lse[i] = max == -kInfinity ? -kInfinity : (max + log2f(sum)) * static_cast<float>(kLn2);
+
+  // Groups of threads add every kGroups-th part, four channels a thread; then the groups are added.
+  __shared__ float4 sums[kThreads];
+  const int vectors = p.width / 4, groups = kThreads / vectors;
+  const int group = thread / vectors, vector = thread % vectors;
+  float4 x{0.f, 0.f, 0.f, 0.f};
+  if (group < groups) {
+    const float* first = p.partial_out + i * p.width + 4 * vector;
+#pragma unroll 4
+    for (int s = group; s < p.splits; s += groups) {
+      if (weights[s] == 0.f) continue;
+      const float4 part = *reinterpret_cast<const float4*>(first + s * rows * p.width);
+      x.x += part.x * weights[s];
+      x.y += part.y * weights[s];
+      x.z += part.z * weights[s];
+      x.w += part.w * weights[s];
+    }
+  }
+  sums[thread] = x;
+  __syncthreads();
   Element* out = first_row<Element>(f.out, at.q, head) + row * f.out.seqlen_stride();
   for (int c = thread; c < f.out.head_dim(); c += kThreads) {
-    float x = 0.f;
-    const float* part = p.partial_out + i * p.width + c;
-#pragma unroll 8
-    for (int s = 0; s < p.splits; ++s)
-      if (weights[s] != 0.f) x += part[s * rows * p.width] * weights[s];
-    x = sum == 0.f ? 0.f : x / sum;
-    const std::uint32_t rounded = ptx::pack<Element>(x, 0.f);
-    out[c].bits = static_cast<std::uint16_t>(rounded);
+    float total = 0.f;
+    for (int g = 0; g < groups; ++g)
+      total += reinterpret_cast<const float*>(sums)[g * p.width + c];
+    total = sum == 0.f ? 0.f : total / sum;
+    out[c].bits = static_cast<std::uint16_t>(ptx::pack<Element>(total, 0.f));
   }
 }
 
@@ -83,11 +102,9 @@ Status combine(const ForwardProblem& f, int splits, const float* partial_out, in
                const SoftmaxState* states, cudaStream_t stream) {
   const int rows = static_cast<int>(max_seqlen_q(f));
   const Params params{f, partial_out, states, splits, width, rows};
-  const LaunchShape shape{
-      .grid = dim3(static_cast<unsigned>(rows * f.q.heads() * batch_entries(f))),
-      .block = dim3(kThreads)};
-  if (f.q.dtype == DType::bf16) return launch(join<bf16>, shape, stream, params);
-  return launch(join<f16>, shape, stream, params);
+  const LaunchShape shape{.blocks = rows * f.q.heads() * batch_entries(f), .threads = kThreads, .overlap = true};
+  if (f.q.dtype == DType::bf16) return launch<join<bf16>>(shape, stream, params);
+  return launch<join<f16>>(shape, stream, params);
 }
 
 }  // namespace heed::cuda

@@ -85,9 +85,8 @@ Status fill(const Side& side, const TensorView& tensor, float* lse, cudaStream_t
   const std::int64_t tokens = tensor.batch() * tensor.seqlen();
   if (tokens == 0 || tensor.heads() == 0 || !side.may_have_gaps()) return {};
   const std::int64_t blocks = clamp64((tokens + kWarps - 1) / kWarps, 1, kBlocks);
-  return launch(fill_gaps,
-                {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(32 * kWarps)}, stream,
-                side, GapTarget{tensor, lse});
+  return launch<fill_gaps>({.blocks = blocks, .threads = 32 * kWarps}, stream, side,
+                           GapTarget{tensor, lse});
 }
 
 }  // namespace

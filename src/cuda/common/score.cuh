@@ -20,7 +20,7 @@ struct Place {
 // A policy is made once per work item; `key` counts within the entry.
 //   kScaled   value() is the identity up to the factor `factor`, so it folds into the exponent
 //   kLocal    value() reads nothing but its argument; else it may be called for visible scores only
-//   kDrops    keep() may differ from 1
+//   kDrops    keeps() may be false
 //   value()   the logit in log2 units (times 1 / factor);   slope()  d value / d (scale_log2e qk)
 struct PlainScore {
   static constexpr ScoreKind kKind = ScoreKind::plain;
@@ -119,16 +119,16 @@ struct GeneralScore {
   __device__ float slope(float qk) const {
     return cap.cap_log2e > 0 ? cap.slope(cap.value(qk)) : 1.f;
   }
-  // Broadcast axes add up, in any order.
+  // Broadcast axes add up, in any order; without them an element has one writer.
   __device__ __forceinline__ void add_gradient(Place at, int key, float ds) const {
     if (dbias != nullptr)
       atomicAdd(dbias + dbias_first + at.head * dbias_head_stride + at.row * dbias_row_stride +
                     key * dbias_key_stride,
                 ds);
   }
-  // What dropout multiplies P by.
-  __device__ __forceinline__ float keep(Place at, int key) const {
-    return threshold == 0 ? 1.f : draw(seed, entry, at.head, at.row, key) >= threshold ? kept : 0.f;
+  // Whether dropout keeps this entry of P, times `kept`.
+  __device__ __forceinline__ bool keeps(Place at, int key) const {
+    return threshold == 0 || draw(seed, entry, at.head, at.row, key) >= threshold;
   }
 
  private:

@@ -3,8 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
+#include <limits>
 #include <string>
 
+#include "heed/plan.hpp"
 #include "heed/status.hpp"
 
 namespace heed::cuda {
@@ -15,29 +19,53 @@ inline Status cuda_status(cudaError_t error, const char* what) {
 }
 
 struct LaunchShape {
-  dim3 grid;
-  dim3 block;
+  std::int64_t blocks;
+  int threads;
   int smem_bytes = 0;
+  // The kernel begins while the one before ends, and waits for it by ptx::wait_for_kernel_before().
+  bool overlap = false;
 };
 
-// A grid without blocks is no error: there is nothing to do.
-template <class... Params>
-Status launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
-              const std::type_identity_t<Params>&... params) {
-  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return {};
-  if (shape.smem_bytes > 48 * 1024)  // more than a kernel gets unasked
-    if (Status s = cuda_status(
-            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes),
-            "shared memory");
-        !s.ok())
-      return s;
+// More shared memory than a kernel gets unasked must be allowed once per kernel and device.
+template <auto kKernel>
+Status allow_shared_memory(int bytes) {
+  constexpr int kUnasked = 48 * 1024;
+  static std::atomic<std::uint64_t> allowed{0};  // a bit per device
+  if (bytes <= kUnasked) return {};
+  int device = 0;
+  if (Status s = cuda_status(cudaGetDevice(&device), "device"); !s.ok()) return s;
+  const std::uint64_t bit = std::uint64_t{1} << (device & 63);
+  if (device < 64 && (allowed.load(std::memory_order_relaxed) & bit) != 0) return {};
+  if (Status s = cuda_status(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  bytes),
+                             "shared memory");
+      !s.ok())
+    return s;
+  allowed.fetch_or(bit, std::memory_order_relaxed);
+  return {};
+}
+
+// No blocks is no error: there is nothing to do.
+template <auto kKernel, class... Params>
+Status launch(const LaunchShape& shape, cudaStream_t stream, const Params&... params) {
+  if (shape.blocks == 0) return {};
+  if (shape.blocks > std::numeric_limits<std::int32_t>::max())
+    return {Code::unsupported, "the problem needs " + std::to_string(shape.blocks) +
+                                   " blocks, a GPU starts at most 2147483647 at once: split its "
+                                   "batch"};
+  if (Status s = allow_shared_memory<kKernel>(shape.smem_bytes); !s.ok()) return s;
   cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = static_cast<size_t>(shape.smem_bytes);
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shape.smem_bytes);
   config.stream = stream;
-  return cuda_status(cudaLaunchKernelEx(&config, kernel, params...), "launch");
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlap && Device::cuda()->arch >= Arch::sm90 ? 1 : 0;
+  return cuda_status(cudaLaunchKernelEx(&config, kKernel, params...), "launch");
 }
 
 }  // namespace heed::cuda

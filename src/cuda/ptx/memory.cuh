@@ -49,4 +49,19 @@ __device__ __forceinline__ void add_to_global(float* target, float4 x) {
 #endif
 }
 
+// Lets a kernel that was launched to overlap this one start before this one has ended, once every
+// block has said so. Nothing before sm_90.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before has ended and its results can be read.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace heed::ptx

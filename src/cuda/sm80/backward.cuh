@@ -21,19 +21,11 @@
 #include "cuda/common/backward_rows.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
+#include "cuda/sm80/tiles.hpp"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/gemm.cuh"
 
 namespace heed::sm80 {
-
-struct BackwardTile {
-  int head_dim;
-  int tile_m;  // query rows per step
-  int tile_n;  // keys per CTA
-  int keys;    // of a warp
-  int share;   // warps that share these keys
-  int stages;  // of Q and dO
-};
 
 template <class ElementType, BackwardTile kTile, class ScorePolicy>
 struct BackwardConfig {
@@ -173,7 +165,7 @@ __device__ __forceinline__ void load_step(const BackwardParams& p, typename C::S
   ptx::cp_async_commit();
 }
 
-// Scores S^T and dP^T become keep * P^T and slope * dS^T.
+// Scores S^T and dP^T become P^T, zero where it is dropped, and slope * dS^T.
 template <class C>
 __device__ __forceinline__ void differentiate(const BackwardParams& p, const typename C::Smem& smem,
                                               const BackwardWork& work,
@@ -205,11 +197,11 @@ __device__ __forceinline__ void differentiate(const BackwardParams& p, const typ
       const cuda::Place at{first.row + first_col + col, first.head};
       const int key = key0 + tile::slot_row(slot);
       const float weight = ptx::exp2(score.value(x, at, key) - rows[col].lse_log2);
-      const float keep = score.keep(at, key);
-      const float ds = weight * (keep * dx - rows[col].delta);
+      const bool keeps = score.keeps(at, key);
+      const float ds = weight * ((keeps ? score.kept * dx : 0.f) - rows[col].delta);
       score.add_gradient(at, key, ds);
       dx = ds * score.slope(x);
-      x = weight * keep;
+      x = keeps ? weight : 0.f;
     });
   }
 }
@@ -251,6 +243,8 @@ __device__ __forceinline__ void store_keys(const BackwardParams& p, typename C::
   const int col = tile::warp() % C::tile.share * C::kChannels;
   __syncthreads();  // the last dQ = dS K has read K
   tile::scale(acc_dk, p.scale / ds_scale_of<C>(p));
+  if constexpr (C::Score::kDrops)
+    tile::scale(acc_dv, 1.f / (1.f - p.problem.forward.dropout.probability));
   tile::store(smem.k, row, acc_dk, col);
   tile::store(smem.v, row, acc_dv, col);
   __syncthreads();

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/workspace.hpp"
+#include "cuda/common/dbias.cuh"
 #include "cuda/common/fill_gaps.cuh"
 #include "cuda/host/launch.hpp"
 #include "cuda/sm80/backward.cuh"
@@ -28,7 +29,8 @@ __global__ void __launch_bounds__(C::kThreads) finish_dq(const __grid_constant__
   const int row0 = m_tile * C::tile.tile_m;
   if (row0 >= at.q.length) return;
   typename C::Queries acc;
-  tile::load_from_global(
+  acc.clear();
+  tile::add_in_order(
       acc, p.dq + (p.tiles.index(at, m_tile) * heads + head) * (C::tile.tile_m * C::tile.head_dim) +
                tile::warp() * (16 * C::kQueryChannels));
   tile::scale(acc, p.scale / ds_scale_of<C>(p));
@@ -52,8 +54,22 @@ struct BackwardMemory {
   float* dq;
   int* turns;
   cuda::BackwardBounds* bounds;
+  float* dbias;  // full_dbias_shape(); nullptr: every element of the caller's has one writer
   std::int64_t dq_floats, turn_count;
 };
+
+// Broadcast axes of dbias are added up by atomics, or in one order from a tensor without them.
+inline std::int64_t full_dbias_count(const Plan& plan, const BackwardProblem& b) {
+  if (b.dbias.data == nullptr || !plan.deterministic) return 0;
+  const auto full = cuda::full_dbias_shape(b.forward);
+  std::int64_t count = 1;
+  bool broadcast = false;
+  for (int d = 0; d < 4; ++d) {
+    count *= full[d];
+    broadcast = broadcast || b.dbias.shape[d] != full[d];
+  }
+  return broadcast ? count : 0;
+}
 
 template <class C>
 BackwardMemory carve(WorkspaceLayout& layout, const Plan& plan, const BackwardProblem& b) {
@@ -67,6 +83,8 @@ BackwardMemory carve(WorkspaceLayout& layout, const Plan& plan, const BackwardPr
   m.dq = layout.add<float>(m.dq_floats);
   m.turns = layout.add<int>(m.turn_count);
   m.bounds = layout.add<cuda::BackwardBounds>(1);
+  const std::int64_t dbias = full_dbias_count(plan, b);
+  m.dbias = dbias > 0 ? layout.add<float>(dbias) : nullptr;
   return m;
 }
 
@@ -82,13 +100,16 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
                        Queue queue) {
   const ForwardProblem& f = b.forward;
   if (Status s = cuda::fill_gaps_of_backward(b, queue.stream); !s.ok()) return s;
-  if (Status s = cuda::clear_dbias(b, queue.stream); !s.ok()) return s;
-  if (f.q.heads() == 0) return {};
   WorkspaceLayout layout(workspace);
   const BackwardMemory memory = carve<C>(layout, plan, b);
   const cuda::QueryTiles tiles = cuda::query_tiles(f, C::tile.tile_m);
+  BackwardProblem problem = b;
+  if (memory.dbias != nullptr)
+    problem.dbias = contiguous(memory.dbias, DType::f32, cuda::full_dbias_shape(f));
+  if (Status s = cuda::clear_dbias(problem.dbias, queue.stream); !s.ok()) return s;
+  if (f.q.heads() == 0) return {};
   const BackwardParams params{
-      .problem = b,
+      .problem = problem,
       .scale = cuda::scale_of(f).value(),
       .n_tiles = static_cast<int>((max_seqlen_k(f) + C::tile.tile_n - 1) / C::tile.tile_n),
       .group = static_cast<int>(f.q.heads() / f.k.heads()),
@@ -116,17 +137,17 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
       !s.ok())
     return s;
   if (Status s = sum_dsink(b, memory.rows, queue.stream); !s.ok()) return s;
-  const auto grid = [](std::int64_t n) { return dim3(static_cast<unsigned>(n)); };
-  if (Status s = cuda::launch(backward<C>,
-                              {.grid = grid(params.n_tiles * f.k.heads() * batch_entries(f)),
-                               .block = dim3(C::kThreads),
-                               .smem_bytes = sizeof(typename C::Smem)},
-                              queue.stream, params);
+  if (Status s = cuda::launch<backward<C>>(
+          {.blocks = params.n_tiles * f.k.heads() * batch_entries(f),
+           .threads = C::kThreads,
+           .smem_bytes = sizeof(typename C::Smem)},
+          queue.stream, params);
       !s.ok())
     return s;
-  return cuda::launch(
-      finish_dq<C>,
-      {.grid = grid(tiles.per_entry * f.q.heads() * batch_entries(f)), .block = dim3(C::kThreads)},
+  if (memory.dbias != nullptr)
+    if (Status s = cuda::sum_dbias(problem.dbias, b.dbias, queue.stream); !s.ok()) return s;
+  return cuda::launch<finish_dq<C>>(
+      {.blocks = tiles.per_entry * f.q.heads() * batch_entries(f), .threads = C::kThreads},
       queue.stream, params);
 }
 
@@ -146,18 +167,27 @@ constexpr KernelRow backward_row(DType dtype) {
                 .backward = launch_backward<C>};
   row.score = C::Score::kKind;
   row.smem_bytes = sizeof(typename C::Smem);
+  row.ctas = 1;
   return row;
 }
 
-// The six kernels of one head_dim.
-template <BackwardTile kTile>
-constexpr std::array<KernelRow, 6> backward_rows() {
-  return {backward_row<BackwardConfig<bf16, kTile, cuda::PlainScore>>(DType::bf16),
-          backward_row<BackwardConfig<f16, kTile, cuda::PlainScore>>(DType::f16),
-          backward_row<BackwardConfig<bf16, kTile, cuda::SoftcapScore>>(DType::bf16),
-          backward_row<BackwardConfig<f16, kTile, cuda::SoftcapScore>>(DType::f16),
-          backward_row<BackwardConfig<bf16, kTile, cuda::GeneralScore>>(DType::bf16),
-          backward_row<BackwardConfig<f16, kTile, cuda::GeneralScore>>(DType::f16)};
+// The kernels of one head_dim and score policy.
+template <BackwardTile kTile, class Score>
+constexpr std::array<KernelRow, 2> rows_of_tile() {
+  return {backward_row<BackwardConfig<bf16, kTile, Score>>(DType::bf16),
+          backward_row<BackwardConfig<f16, kTile, Score>>(DType::f16)};
+}
+
+template <int kHeadDim, class Score>
+constexpr std::array<KernelRow, 2> backward_rows() {
+  return rows_of_tile<tile_of(kBackwardTiles, kHeadDim), Score>();
+}
+
+template <int kHeadDim, class Score>
+constexpr std::array<KernelRow, 2> backward_compact_rows() {
+  constexpr BackwardTile kTile = tile_of(kCompactBackwardTiles, kHeadDim);
+  static_assert(sizeof(typename BackwardConfig<f16, kTile, Score>::Smem) <= kCompactSmemBytes);
+  return rows_of_tile<kTile, Score>();
 }
 
 }  // namespace heed::sm80

@@ -12,6 +12,7 @@
 // tile_n) / threads floats per thread.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -21,6 +22,7 @@
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
 #include "cuda/host/launch.hpp"
+#include "cuda/sm80/tiles.hpp"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/gemm.cuh"
 #include "cuda/tile/rowwise.cuh"
@@ -28,28 +30,17 @@
 
 namespace heed::sm80 {
 
-struct ForwardTile {
-  int head_dim;  // of q and k, and of v: both are filled up with zeros
-  int tile_m;    // query rows per CTA
-  int tile_n;    // keys per step
-  int warps;
-  int ctas;  // per multiprocessor, that registers are budgeted for
-  // Rows are all query heads of a key head, neighbours in a tile, and the keys may be split among
-  // CTAs.
-  bool packed = false;
-  int stages = 1;  // of K and V, packed rows only: keys arrive while others are being used
-};
-
 template <class ElementType, ForwardTile kTile, class ScorePolicy>
 struct ForwardConfig {
   using Element = ElementType;
   using Score = ScorePolicy;
   static constexpr ForwardTile tile = kTile;
   static constexpr int kThreads = 32 * tile.warps;
-  static constexpr int kRowsPerWarp = tile.tile_m / tile.warps;
+  static constexpr int kRowsPerWarp = tile.tile_m / (tile.warps / tile.key_warps);
+  static constexpr int kKeysPerWarp = tile.tile_n / tile.key_warps;
   static constexpr int kM = kRowsPerWarp / 16;
   static constexpr int kPresent = tile.stages + 1;
-  using Scores = tile::Accumulator<kM, tile.tile_n / 8>;
+  using Scores = tile::Accumulator<kM, kKeysPerWarp / 8>;
   using Out = tile::Accumulator<kM, tile.head_dim / 8>;
 
   struct Smem {
@@ -60,8 +51,13 @@ struct ForwardConfig {
     std::uint32_t present[kPresent]
                          [tile.tile_n / 32];  // which keys of tile n are there, at n % kPresent
     int extremes[4];                          // min first, max end, max first, min end
+    SoftmaxState states[tile.key_warps > 1 ? tile.warps : 1][kRowsPerWarp];  // of every warp
   };
-  static_assert(kRowsPerWarp % 16 == 0 && tile.tile_n % 32 == 0);
+  static_assert(kRowsPerWarp % 16 == 0 && tile.tile_n % 32 == 0 && kKeysPerWarp % 16 == 0);
+
+  // First row and first key of a tile that the calling warp computes.
+  static __device__ int warp_row() { return tile::warp() / tile.key_warps * kRowsPerWarp; }
+  static __device__ int warp_key() { return tile::warp() % tile.key_warps * kKeysPerWarp; }
   static_assert(sizeof(Smem) <= 227 * 1024, "the tile does not fit in shared memory");
 };
 
@@ -109,23 +105,20 @@ __device__ __forceinline__ Element* query_row(const ForwardParams& p, const Forw
   return first + row * x.seqlen_stride();
 }
 
-// Every row's limits, and their extremes over the tile's rows that exist.
+// Keys that the tile's rows see, by reduction over their limits: some row [begin, end), every row
+// the interior.
 template <class C>
-__device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::Smem& smem,
-                                            ForwardWork& work) {
+__device__ __forceinline__ TileRange reduce_limits(const ForwardParams& p, typename C::Smem& smem,
+                                                   const ForwardWork& work) {
   if (threadIdx.x < 4) smem.extremes[threadIdx.x] = threadIdx.x % 3 == 0 ? INT_MAX : 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < C::tile.tile_m; i += C::kThreads) {
-    const int row = work.row0 + i;
-    const bool exists = row < work.rows;
-    const RowLimits r = exists ? row_limits(p.problem.band, work.at, p.problem.intervals,
-                                            place_of<C>(p, work, row).row)
-                               : RowLimits{};
-    smem.limits[i] = r;
-    const bool sees = r.first < r.end;
-    const int first = __reduce_min_sync(~0u, sees ? r.first : INT_MAX);
+  constexpr int kWholeWarps = (C::tile.tile_m + 31) / 32 * 32;
+  for (int i = threadIdx.x; i < kWholeWarps; i += C::kThreads) {
+    const bool exists = i < C::tile.tile_m && work.row0 + i < work.rows;
+    const RowLimits r = exists ? smem.limits[i] : RowLimits{};
+    const int first = __reduce_min_sync(~0u, r.first < r.end ? r.first : INT_MAX);
     const int end = __reduce_max_sync(~0u, r.end);
-    const int all_first = __reduce_max_sync(~0u, exists ? r.first : 0);
+    const int all_first = __reduce_max_sync(~0u, r.first);
     const int all_end = __reduce_min_sync(~0u, exists ? r.end : INT_MAX);
     if (tile::lane() == 0) {
       atomicMin(&smem.extremes[0], first);
@@ -135,13 +128,36 @@ __device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::
     }
   }
   __syncthreads();
+  if (smem.extremes[1] == 0) return {};  // no row sees a key
+  return {smem.extremes[0], smem.extremes[1], smem.extremes[2], smem.extremes[3]};
+}
+
+// Every row's limits, and from them the tiles to visit. Without intervals these follow from the
+// band, and no thread waits for another.
+template <class C>
+__device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::Smem& smem,
+                                            ForwardWork& work) {
+  const ForwardProblem& f = p.problem;
+  for (int i = threadIdx.x; i < C::tile.tile_m; i += C::kThreads) {
+    const int row = work.row0 + i;
+    smem.limits[i] = row < work.rows ? row_limits(f.band, work.at, f.intervals,
+                                                  place_of<C>(p, work, row).row)
+                                     : RowLimits{};
+  }
+  TileRange keys;
+  if (f.intervals.rows == nullptr) {
+    const int last = min_of(work.row0 + C::tile.tile_m, work.rows) - 1;
+    keys = kv_range(f.band, place_of<C>(p, work, work.row0).row,
+                    place_of<C>(p, work, last).row + 1, work.at.q.length, work.at.k.length);
+  } else {
+    keys = reduce_limits<C>(p, smem, work);
+  }
+  if (keys.end == 0) return;
   constexpr int kTileN = C::tile.tile_n;
-  const int end = smem.extremes[1];
-  if (end == 0) return;  // no row sees a key
-  const bool interior = C::Score::kLocal && !cuda::has_holes(p.problem);
-  TileRange t{smem.extremes[0] / kTileN, ceil_div(end, kTileN), ceil_div(smem.extremes[2], kTileN),
-              interior ? smem.extremes[3] / kTileN : 0};
-  work.tiles = normalised(t);
+  const bool interior = C::Score::kLocal && !cuda::has_holes(f);
+  work.tiles = normalised({keys.begin / kTileN, ceil_div(keys.end, kTileN),
+                           ceil_div(keys.interior_begin, kTileN),
+                           interior ? keys.interior_end / kTileN : 0});
   if constexpr (C::tile.packed) {
     const int per_split = ceil_div(work.tiles.end - work.tiles.begin, p.splits);
     const int begin = work.tiles.begin + work.split * per_split;
@@ -188,14 +204,15 @@ __device__ __forceinline__ void mask_and_transform(const ForwardParams& p, typen
                                                    const typename C::Score& score,
                                                    typename C::Scores& acc_s, int n_tile,
                                                    bool boundary) {
-  const int warp_row = tile::warp() * C::kRowsPerWarp;
-  const int col0 = n_tile * C::tile.tile_n;
+  const int warp_row = C::warp_row(), warp_key = C::warp_key();
+  const int col0 = n_tile * C::tile.tile_n + warp_key;
   if (p.negative) tile::for_each(acc_s, [](int, int, float& x) { x = -x; });
   if constexpr (!C::Score::kScaled && C::Score::kLocal)
     tile::for_each(acc_s, [&](int, int, float& x) { x = score.value(x, {}, 0); });
   if (boundary) {
     tile::mask_rows(acc_s, smem.limits + warp_row, col0);
-    if (cuda::has_holes(p.problem)) tile::mask_columns(acc_s, smem.present[n_tile % C::kPresent]);
+    if (cuda::has_holes(p.problem)) 
+      tile::mask_columns(acc_s, smem.present[n_tile % C::kPresent], warp_key);
   }
   if constexpr (!C::Score::kLocal)
     tile::for_each(acc_s, [&](int slot, int col, float& x) {
@@ -211,7 +228,7 @@ __device__ __forceinline__ void store_out(const ForwardParams& p, typename C::Sm
                                           const ForwardWork& work, typename C::Out& acc_o,
                                           const tile::RowSoftmax<C::kM>& softmax) {
   const ForwardProblem& f = p.problem;
-  const int warp_row = tile::warp() * C::kRowsPerWarp;
+  const int warp_row = C::warp_row();
   float factor[2 * C::kM];
 #pragma unroll
   for (int slot = 0; slot < 2 * C::kM; ++slot) {
@@ -248,7 +265,7 @@ __device__ __forceinline__ void store_partial(const ForwardParams& p, const Forw
 #pragma unroll
   for (int slot = 0; slot < 2 * C::kM; ++slot) {
     const SoftmaxState state = softmax.state(slot);
-    const int row = work.row0 + tile::warp() * C::kRowsPerWarp + tile::slot_row(slot);
+    const int row = work.row0 + C::warp_row() + tile::slot_row(slot);
     const cuda::Place at = place_of<C>(p, work, row < work.rows ? row : 0);
     const std::int64_t i = part + lse_index(f, work.at, at.head, at.row);
     const bool empty = state.max == -kInfinity && state.sum == 0.f;
@@ -276,7 +293,7 @@ struct Attention {
         v(cuda::key_rows<Element>(p.problem, p.problem.v, work.at, work.head_k)),
         score(p.problem, work.at, p.scale),
         holes(cuda::has_holes(p.problem)),
-        active(!C::tile.packed || work.row0 + tile::warp() * C::kRowsPerWarp < work.rows) {
+        active(!C::tile.packed || work.row0 + C::warp_row() < work.rows) {
     acc_o.clear();
     softmax.clear();
   }
@@ -298,6 +315,11 @@ struct Attention {
     load_keys<C>(p, work, smem.v[stage], v, p.v_wide, static_cast<int>(p.problem.v.head_dim()), n);
   }
 
+  // What is kept of P counts for what was dropped. P itself is only zeroed: 1 stays 1 in 16 bits.
+  __device__ __forceinline__ void finish() {
+    if constexpr (C::Score::kDrops) tile::scale(acc_o, score.kept);
+  }
+
   // S becomes P, and acc_o is made relative to the maximum of P.
   __device__ __forceinline__ void normalise(const ForwardParams& p, typename C::Smem& smem,
                                             const ForwardWork& work, typename C::Scores& acc_s,
@@ -311,8 +333,8 @@ struct Attention {
     }
     if constexpr (C::Score::kDrops)
       tile::for_each(acc_s, [&](int slot, int col, float& x) {
-        const int row = work.row0 + tile::warp() * C::kRowsPerWarp + tile::slot_row(slot);
-        x *= score.keep(place_of<C>(p, work, row), n * C::tile.tile_n + col);
+        const int row = work.row0 + C::warp_row() + tile::slot_row(slot);
+        if (!score.keeps(place_of<C>(p, work, row), n * C::tile.tile_n + C::warp_key() + col)) x = 0.f;
       });
   }
 };
@@ -335,7 +357,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p, typename C::Smem&
     ptx::cp_async_commit();
     typename C::Scores acc_s;
     acc_s.clear();
-    tile::matmul_nt(acc_s, smem.q, tile::warp() * C::kRowsPerWarp, smem.k[0]);  // S = Q K^T
+    tile::matmul_nt(acc_s, smem.q, C::warp_row(), smem.k[0]);  // S = Q K^T
     ptx::cp_async_wait<0>();
     __syncthreads();  // V(n) is here and K(n) has been used
     if (n > work.tiles.begin) {
@@ -372,10 +394,10 @@ __device__ __forceinline__ void attend_staged(const ForwardParams& p, typename C
     if (!a.active) continue;
     typename C::Scores acc_s;
     acc_s.clear();
-    tile::matmul_nt(acc_s, smem.q, tile::warp() * C::kRowsPerWarp, smem.k[i % kStages]);
+    tile::matmul_nt(acc_s, smem.q, C::warp_row(), smem.k[i % kStages], C::warp_key());
     a.normalise(p, smem, work, acc_s, work.tiles.begin + i);
     tile::matmul_nn<typename C::Element>(a.acc_o, tile::to_operand<typename C::Element>(acc_s),
-                                         smem.v[i % kStages]);
+                                         smem.v[i % kStages], C::warp_key());
   }
 }
 
@@ -397,6 +419,7 @@ __global__ void __launch_bounds__(C::kThreads, C::tile.ctas)
   find_limits<C>(p, smem, work);
   Attention<C> attention(p, work);
   attend<C>(p, smem, work, attention);
+  attention.finish();
   store_out<C>(p, smem, work, attention.acc_o, attention.softmax);
 }
 
@@ -423,12 +446,10 @@ template <class C>
 Status launch_forward(const Plan&, const ForwardProblem& f, Workspace, Queue queue) {
   if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
   const ForwardParams params = forward_params<C>(f);
-  const std::int64_t ctas = params.m_tiles * f.q.heads() * batch_entries(f);
-  return cuda::launch(forward<C>,
-                      {.grid = dim3(static_cast<unsigned>(ctas)),
-                       .block = dim3(C::kThreads),
-                       .smem_bytes = sizeof(typename C::Smem)},
-                      queue.stream, params);
+  return cuda::launch<forward<C>>({.blocks = params.m_tiles * f.q.heads() * batch_entries(f),
+                                   .threads = C::kThreads,
+                                   .smem_bytes = sizeof(typename C::Smem)},
+                                  queue.stream, params);
 }
 
 template <class C>
@@ -447,18 +468,16 @@ constexpr KernelRow forward_row(DType dtype) {
                 .backward = nullptr};
   row.score = C::Score::kKind;
   row.smem_bytes = sizeof(typename C::Smem);
+  row.ctas = C::tile.ctas;
   return row;
 }
 
-// The six kernels of one head_dim.
-template <ForwardTile kTile, ForwardTile kGeneralTile = kTile>
-constexpr std::array<KernelRow, 6> forward_rows() {
-  return {forward_row<ForwardConfig<bf16, kTile, cuda::PlainScore>>(DType::bf16),
-          forward_row<ForwardConfig<f16, kTile, cuda::PlainScore>>(DType::f16),
-          forward_row<ForwardConfig<bf16, kTile, cuda::SoftcapScore>>(DType::bf16),
-          forward_row<ForwardConfig<f16, kTile, cuda::SoftcapScore>>(DType::f16),
-          forward_row<ForwardConfig<bf16, kGeneralTile, cuda::GeneralScore>>(DType::bf16),
-          forward_row<ForwardConfig<f16, kGeneralTile, cuda::GeneralScore>>(DType::f16)};
+// The kernels of one head_dim and score policy.
+template <int kHeadDim, class Score>
+constexpr std::array<KernelRow, 2> forward_rows() {
+  constexpr ForwardTile kTile = tile_of(kForwardTiles, kHeadDim);
+  return {forward_row<ForwardConfig<bf16, kTile, Score>>(DType::bf16),
+          forward_row<ForwardConfig<f16, kTile, Score>>(DType::f16)};
 }
 
 }  // namespace heed::sm80

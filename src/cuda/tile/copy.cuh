@@ -57,7 +57,6 @@ __device__ __forceinline__ void load_rows(Tile& tile, bool wide, int channels,
                                           const Address& address) {
   using Element = typename Tile::Element;
   constexpr int kCount = Tile::kRows * Tile::kChunks;
-  static_assert(kCount % kThreads == 0);
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kCount; i += kThreads) {
     const int row = i / Tile::kChunks, first = 8 * (i % Tile::kChunks);

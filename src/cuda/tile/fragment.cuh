@@ -122,7 +122,7 @@ __device__ __forceinline__ void store(Tile& tile, int row, const Accumulator<kM,
       }
 }
 
-// fp32 accumulators in global memory in the order of the registers: 512 bytes of consecutive memory
+// fp32 accumulators in memory in the order of the registers: 512 bytes of consecutive memory
 // per warp and fragment. `base`: 32 kM kN * 4 floats of this warp, a multiple of 16 bytes.
 template <int kM, int kN>
 __device__ __forceinline__ void add_to_global(float* base, const Accumulator<kM, kN>& acc) {
@@ -136,16 +136,29 @@ __device__ __forceinline__ void add_to_global(float* base, const Accumulator<kM,
 }
 
 template <int kM, int kN>
-__device__ __forceinline__ void load_from_global(Accumulator<kM, kN>& acc, const float* base) {
+__device__ __forceinline__ void store_in_order(float* base, const Accumulator<kM, kN>& acc) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float(&x)[4] = acc.at[m][n];
+      *reinterpret_cast<float4*>(base + 4 * (32 * (m * kN + n) + lane())) = {x[0], x[1], x[2],
+                                                                             x[3]};
+    }
+}
+
+// acc += what store_in_order or add_to_global left there.
+template <int kM, int kN>
+__device__ __forceinline__ void add_in_order(Accumulator<kM, kN>& acc, const float* base) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const float4 x = *reinterpret_cast<const float4*>(base + 4 * (32 * (m * kN + n) + lane()));
-      acc.at[m][n][0] = x.x;
-      acc.at[m][n][1] = x.y;
-      acc.at[m][n][2] = x.z;
-      acc.at[m][n][3] = x.w;
+      acc.at[m][n][0] += x.x;
+      acc.at[m][n][1] += x.y;
+      acc.at[m][n][2] += x.z;
+      acc.at[m][n][3] += x.w;
     }
 }
 

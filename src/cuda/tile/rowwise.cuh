@@ -29,11 +29,12 @@ __device__ __forceinline__ void mask_rows(Accumulator<kM, kN>& acc, const RowLim
   });
 }
 
-// Hides the columns whose bit is clear: bit c % 32 of word c / 32.
+// Hides the columns whose bit is clear: column c has bit (col0 + c) % 32 of word (col0 + c) / 32.
 template <int kM, int kN>
-__device__ __forceinline__ void mask_columns(Accumulator<kM, kN>& acc, const std::uint32_t* words) {
+__device__ __forceinline__ void mask_columns(Accumulator<kM, kN>& acc, const std::uint32_t* words,
+                                             int col0) {
   for_each(acc, [&](int, int col, float& x) {
-    if ((words[col / 32] >> col % 32 & 1u) == 0) x = -kInfinity;
+    if ((words[(col0 + col) / 32] >> (col0 + col) % 32 & 1u) == 0) x = -kInfinity;
   });
 }
 

@@ -1,0 +1,258 @@
+"""Forward, backward and decode on one GPU beside PyTorch's SDPA backends, interleaved.
+
+python3 benchmarks/cuda/kernels.py [--save] [--quick] [--passes forward,backward,decode,masks]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import heed
+from heed import ops
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOKENS, HIDDEN = 16384, 2048
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+# batch, keys, query heads, key heads, head_dim
+DECODE = (
+    (1, 8192, 32, 8, 128),
+    (16, 8192, 32, 8, 128),
+    (64, 8192, 32, 8, 128),
+    (1, 131072, 32, 8, 128),
+    (64, 2048, 64, 8, 64),
+)
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def medians(calls: dict[str, Callable], rounds: int = 7, inner: int = 4) -> dict[str, float]:
+    """Milliseconds of each call; the calls take turns, so that clocks change for all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(inner):
+                call()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / inner)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    with sdpa_kernel(BACKENDS[backend]):
+        return F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)),
+            is_causal=causal,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+
+
+def forward_call(q: Tensor, k: Tensor, v: Tensor, **options) -> Callable:
+    return lambda: heed.attention(q, k, v, **options)
+
+
+def backward_call(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options) -> Callable:
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = heed.attention(*leaves, **options)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def sdpa_backward_call(backend: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = sdpa(backend, *leaves, causal)
+    grad = dout.transpose(1, 2)
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def cell(name: str, shape: str, work: float, unit: str, ms: dict[str, float]) -> dict:
+    """`work` in units of 1e9: FLOPs for TFLOPS, bytes for TB/s."""
+    result = {"work": name, "shape": shape, "unit": unit, "ms": ms}
+    result["rate"] = {peer: work / t / 1e9 for peer, t in ms.items()}
+    rates = ", ".join(f"{peer} {rate:.4g}" for peer, rate in result["rate"].items())
+    ratio = ", ".join(f"{t / ms['heed']:.2f}x {peer}" for peer, t in ms.items() if peer != "heed")
+    print(f"{name:16} {shape:34} {ms['heed']:8.4f} ms  {unit}: {rates}  [{ratio}]", flush=True)
+    return result
+
+
+def dense(which: str, seqlens: tuple[int, ...], dims: tuple[int, ...]) -> list[dict]:
+    cells = []
+    for d in dims:
+        for seqlen in seqlens:
+            for causal in (False, True):
+                batch, heads = TOKENS // seqlen, HIDDEN // d
+                q, k, v, dout = (randn(batch, seqlen, heads, d) for _ in range(4))
+                flops = 4.0 * batch * heads * seqlen * seqlen * d * (0.5 if causal else 1)
+                if which == "forward":
+                    calls = {"heed": forward_call(q, k, v, causal=causal)}
+                    calls |= {
+                        b: (lambda b=b, q=q, k=k, v=v, c=causal: sdpa(b, q, k, v, c))
+                        for b in BACKENDS
+                    }
+                else:
+                    flops *= 2.5
+                    calls = {"heed": backward_call(q, k, v, dout, causal=causal)}
+                    calls |= {b: sdpa_backward_call(b, q, k, v, dout, causal) for b in BACKENDS}
+                shape = f"d{d} {batch}x{seqlen} {'causal' if causal else 'full'}"
+                with torch.set_grad_enabled(which != "forward"):
+                    cells.append(cell(which, shape, flops, "TFLOPS", medians(calls)))
+    return cells
+
+
+def graphed(call: Callable) -> Callable:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@torch.no_grad()
+def decode() -> list[dict]:
+    cells = []
+    for batch, keys, heads_q, heads_k, d in DECODE:
+        q = randn(batch, 1, heads_q, d)
+        k, v = (randn(batch, keys, heads_k, d) for _ in range(2))
+        calls = {"heed": graphed(forward_call(q, k, v))}
+        for backend in BACKENDS:
+            calls[backend] = graphed(lambda b=backend, q=q, k=k, v=v: sdpa(b, q, k, v))
+        size = 2.0 * 2 * batch * keys * heads_k * d
+        shape = f"{batch} x {keys} keys, {heads_q}/{heads_k} d{d}"
+        cells.append(cell("decode", shape, size, "TB/s", medians(calls, inner=20)))
+        del calls
+    return cells
+
+
+def masks() -> list[dict]:
+    """What is not a square of dense tensors, per FLOP beside the dense causal case of that size."""
+    cells = []
+    for d in (64, 128):
+        batch, n, heads = 2, 8192, HIDDEN // d
+        q, k, v, dout = (randn(batch, n, heads, d) for _ in range(4))
+        rows = torch.arange(n, device="cuda", dtype=torch.int32)
+        triangle = torch.stack([torch.zeros_like(rows), rows + 1], -1)[None].contiguous()
+        lengths = torch.tensor([100, 3000, 700, 2500, 1892], device="cuda")
+        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+        first = torch.repeat_interleave(ends[:-1], lengths, output_size=n)
+        documents = torch.stack([first, rows + 1], -1)[None].contiguous()
+        square = 4.0 * batch * heads * d * n * n / 2
+        share = float((lengths.double() ** 2).sum() / n**2)
+        window = square * (2 * 1024 / n - (1024 / n) ** 2)
+        few, fewer = ((t[:, :, : heads // g].contiguous() for t in (k, v)) for g in (4, 8))
+        cases = {
+            "causal": ((q, k, v), {"causal": True}, square),
+            "causal by intervals": ((q, k, v), {"intervals": triangle}, square),
+            "window 1024": ((q, k, v), {"causal": True, "left": 1023}, window),
+            "GQA 4:1": ((q, *few), {"causal": True}, square),
+            "GQA 8:1": ((q, *fewer), {"causal": True}, square),
+            "5 documents by intervals": ((q, k, v), {"intervals": documents}, square * share),
+        }
+        packed = tuple(t[0].contiguous() for t in (q, k, v))
+        lists = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 3000}
+        cases["5 documents packed"] = (packed, {"causal": True, **lists}, square * share / 2)
+        for name, (tensors, options, flops) in cases.items():
+            grad = dout[0].contiguous() if tensors[0].dim() == 3 else dout
+            calls = {"heed": forward_call(*tensors, **options)}
+            with torch.no_grad():
+                ms = medians(calls, rounds=5)
+            cells.append(cell("forward", f"d{d} {batch}x{n} {name}", flops, "TFLOPS", ms))
+            ms = medians({"heed": backward_call(*tensors, grad, **options)}, rounds=5)
+            cells.append(cell("backward", f"d{d} {batch}x{n} {name}", 2.5 * flops, "TFLOPS", ms))
+    return cells
+
+
+def machine() -> dict:
+    def output(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "kernels": ops_kernels(),
+        "date": datetime.date.today().isoformat(),
+        "commit": os.environ.get("HEED_COMMIT") or output("git", "rev-parse", "--short", "HEAD"),
+        "command": "python3 " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]]),
+    }
+
+
+def ops_kernels() -> str:
+    gpu = torch.ops.heed.kernels().splitlines()[1].split("\t")
+    return gpu[1]
+
+
+def geometric_means(cells: list[dict]) -> dict[str, float]:
+    means = {}
+    for work in dict.fromkeys(c["work"] for c in cells):
+        for peer in BACKENDS:
+            ratios = [
+                c["ms"][peer] / c["ms"]["heed"]
+                for c in cells
+                if c["work"] == work and peer in c["ms"]
+            ]
+            if ratios:
+                means[f"{work} against {peer}"] = statistics.geometric_mean(ratios)
+                print(
+                    f"{work} against {peer}: {means[f'{work} against {peer}']:.3f}x geometric mean, "
+                    f"{min(ratios):.2f} to {max(ratios):.2f}"
+                )
+    return means
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/cuda_kernels.json"
+    )
+    parser.add_argument("--quick", action="store_true", help="two sequence lengths")
+    parser.add_argument("--passes", default="forward,backward,decode,masks")
+    parser.add_argument("--dims", default="64,128,256")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    assert ops.library.exists()
+    seqlens = (1024, 8192) if arguments.quick else SEQLENS
+    dims = tuple(int(d) for d in arguments.dims.split(","))
+    cells: list[dict] = []
+    for which in arguments.passes.split(","):
+        if which in ("forward", "backward"):
+            cells += dense(which, seqlens, dims)
+        elif which == "decode":
+            cells += decode()
+        elif which == "masks":
+            cells += masks()
+        else:
+            parser.error(f"--passes: {which} must be one of forward, backward, decode, masks")
+    means = geometric_means(cells)
+    if arguments.save:
+        path = ROOT / "benchmarks" / "results" / "cuda_kernels.json"
+        data = {"machine": machine(), "geometric_means": means, "cells": cells}
+        path.write_text(json.dumps(data, indent=1) + "\n")
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+#include "support/gpu.hpp"
+
+#include "registry.hpp"
+#include "support/device_problem.hpp"
+
+namespace heed::test {
+
+Status run_on_gpu(const Plan& plan, Problem& problem) {
+  static Arena arena(std::size_t{512} << 20);
+  static const cudaStream_t stream = [] {
+    cudaStream_t made = nullptr;
+    must(cudaStreamCreate(&made), "stream");
+    return made;
+  }();
+  arena.reset();
+  DeviceProblem device(problem, arena, problem.poison != Poison::nan, stream);
+  const Workspace workspace = device.workspace(plan.workspace_bytes);
+  const Status status = plan.row->pass == Pass::backward
+                            ? run(plan, device.backward, workspace, stream)
+                            : run(plan, device.backward.forward, workspace, stream);
+  if (!status.ok()) return status;
+  must(cudaStreamSynchronize(stream), name_of(*plan.row).c_str());
+  if (const std::string damage = device.fetch(); !damage.empty()) return {Code::device, damage};
+  if (const std::string damage = problem.damage(); !damage.empty()) return {Code::device, damage};
+  return {};
+}
+
+}  // namespace heed::test
