@@ -2,6 +2,11 @@
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11 python3.10
 PYTHON_OLDEST ?= python3.10 python3.11 python3.12 python3.13 python3
+# GPUs to compile for: all, native, or numbers such as 80;90.
+ARCHS ?= all
+# For sanitize-gpu: memcheck, racecheck, initcheck or synccheck, and a filter of GoogleTest.
+TOOL ?= memcheck
+SUBSET ?= */size_97x193_causal:*/layout_*
 QUERY ?= Why does a violin sound different from a flute?
 export QUERY
 export HF_HUB_OFFLINE := 1
@@ -11,25 +16,29 @@ OLDEST := .venv-oldest
 PIP := -m pip --disable-pip-version-check --no-input install
 SOURCES := pyproject.toml CMakeLists.txt \
   $(shell find cmake include src python -type f -not -name '*.pyc' 2>/dev/null)
-CMAKE := $(abspath $(VENV))/bin
+PATHS = PATH="$(abspath $(VENV))/bin:$$PATH"
+WITH_CUDA = $(PATHS) CUDACXX="$$(scripts/setup_cuda.sh $(VENV))"
+WHEEL = $(VENV)/bin/python -m pip --disable-pip-version-check wheel . --no-deps --no-build-isolation
 ONE_THREAD := OMP_NUM_THREADS=1
+# The whole wheel where it has been built, else one for this machine alone, which takes less long.
+HERE = $(VENV)/$(if $(wildcard dist/.built),.heed,.heed-here)
 
-.PHONY: help demo test test-cpp test-python test-oldest asan bench finetune clean distclean
+.PHONY: help demo test test-cpp test-python test-oldest wheel test-gpu test-gpu-cpp test-gpu-python \
+  sanitize-gpu asan bench bench-gpu finetune clean distclean build-ci gpu always
 .DEFAULT_GOAL := help
+# The tests and the wheel share build/ci, so that the kernels are compiled once.
+.NOTPARALLEL:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.heed $(VENV)/.model  ## embed the sample texts with eager, sdpa and heed; QUERY="..." asks another question
+demo: $(HERE) $(VENV)/.model  ## embed the sample texts with eager, sdpa and heed; QUERY="..." asks another question
 	$(VENV)/bin/python examples/demo.py --query "$$QUERY"
 
-test: test-cpp test-python  ## build and run everything that needs no GPU
+test: test-cpp test-python  ## build everything, CUDA kernels too, and run what needs no GPU
 
-test-cpp: $(VENV)/.packages  ## the C++ part of the tests
-	scripts/setup_headers.sh $(VENV)/bin/python
-	PATH="$(CMAKE):$$PATH" cmake --preset ci
-	PATH="$(CMAKE):$$PATH" cmake --build --preset ci
-	PATH="$(CMAKE):$$PATH" ctest --preset ci
+test-cpp: build-ci  ## the C++ part of the tests
+	$(PATHS) ctest --preset ci
 
 test-python: $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## the Python part of the tests
 	scripts/setup_headers.sh $(VENV)/bin/python
@@ -39,16 +48,39 @@ test-oldest: $(OLDEST)/.heed  ## the Python part on the oldest supported PyTorch
 	scripts/setup_headers.sh $(OLDEST)/bin/python
 	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n 2 tests/python
 
-asan: $(VENV)/.packages  ## the C++ part under AddressSanitizer and UBSan
-	scripts/setup_headers.sh $(VENV)/bin/python
-	PATH="$(CMAKE):$$PATH" cmake --preset asan
-	PATH="$(CMAKE):$$PATH" cmake --build --preset asan
-	PATH="$(CMAKE):$$PATH" ctest --preset asan
+wheel: dist/.built  ## build the wheel into dist/, for every GPU or for ARCHS="80;90"
+	@scripts/wheel_size.py dist/heed-*.whl
 
-bench: $(VENV)/.heed  ## measure the CPU kernels beside PyTorch
+test-gpu: test-gpu-cpp test-gpu-python  ## everything that needs a GPU
+
+test-gpu-cpp: gpu build-ci  ## tile operations, and every GPU kernel against the oracle
+	$(PATHS) ctest --preset gpu -j $$(nproc)
+
+test-gpu-python: gpu $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## PyTorch, Transformers and flash_api on the GPU
+	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/python tests/gpu
+
+sanitize-gpu: gpu build-ci  ## a few GPU tests under compute-sanitizer; TOOL=racecheck takes another of its tools
+	@command -v compute-sanitizer >/dev/null || \
+	  { echo "make sanitize-gpu needs compute-sanitizer, which a full CUDA installation has" >&2; exit 1; }
+	compute-sanitizer --tool $(TOOL) --error-exitcode 1 build/ci/tests/tile/tile_test --gtest_brief=1
+	HEED_TEST_ROWS=sm compute-sanitizer --tool $(TOOL) --error-exitcode 1 \
+	  build/ci/tests/kernels_test --gtest_brief=1 --gtest_filter='$(SUBSET)'
+
+asan: $(VENV)/.packages  ## the C++ part on the CPU under AddressSanitizer and UBSan
+	scripts/setup_headers.sh $(VENV)/bin/python
+	$(PATHS) cmake --preset asan
+	$(PATHS) cmake --build --preset asan
+	$(PATHS) ctest --preset asan
+
+bench: $(HERE)  ## measure the CPU kernels beside PyTorch
 	$(VENV)/bin/python benchmarks/cpu/bench.py
 
-finetune: $(VENV)/.heed $(VENV)/.model  ## fine-tune a small BERT and a small Llama with eager and heed
+bench-gpu: gpu $(VENV)/.heed  ## measure the GPU kernels and a Llama beside PyTorch, and write the tables
+	$(VENV)/bin/python benchmarks/cuda/kernels.py --save
+	$(VENV)/bin/python benchmarks/cuda/models.py --save
+	$(VENV)/bin/python benchmarks/tables.py
+
+finetune: $(HERE) $(VENV)/.model  ## fine-tune a small BERT and a small Llama with eager and heed
 	$(VENV)/bin/python examples/05_finetune.py
 
 clean:  ## remove what was built
@@ -56,6 +88,15 @@ clean:  ## remove what was built
 
 distclean: clean  ## remove the virtual environments too
 	rm -rf $(VENV) $(OLDEST)
+
+build-ci: $(VENV)/.packages
+	scripts/setup_headers.sh $(VENV)/bin/python
+	$(WITH_CUDA) cmake --preset ci -DHEED_CUDA_ARCHS="$(ARCHS)" -DPython_EXECUTABLE="$(abspath $(VENV))/bin/python"
+	$(PATHS) cmake --build --preset ci
+
+gpu:
+	@nvidia-smi -L >/dev/null 2>&1 || \
+	  { echo "this needs an NVIDIA GPU of sm_80 or newer with its driver, and nvidia-smi names none" >&2; exit 1; }
 
 # Stamps: a file newer than its stamp redoes that step and the ones after it.
 $(VENV)/.packages: requirements/run.txt scripts/setup.sh
@@ -75,12 +116,32 @@ $(OLDEST)/.packages: requirements/oldest.txt requirements/test.txt scripts/setup
 	@touch $@
 
 # One wheel serves every Python and every PyTorch, so both environments install the same file.
-build/wheel/.built: $(SOURCES) $(VENV)/.packages
-	rm -rf build/wheel
-	PATH="$(CMAKE):$$PATH" $(VENV)/bin/python -m pip --disable-pip-version-check wheel . \
-	  --no-deps --no-build-isolation -w build/wheel
+dist/.built: $(SOURCES) $(VENV)/.packages build/archs
+	rm -rf dist
+	$(WITH_CUDA) $(WHEEL) -w dist --config-settings=build-dir=build/ci \
+	  --config-settings=cmake.define.HEED_CUDA_ARCHS="$(ARCHS)"
 	@touch $@
 
-$(VENV)/.heed $(OLDEST)/.heed: %/.heed: build/wheel/.built %/.packages
-	$*/bin/python $(PIP) --no-deps --force-reinstall build/wheel/heed-*.whl
+build/archs: always
+	@mkdir -p build
+	@echo "$(ARCHS)" | cmp -s - $@ || echo "$(ARCHS)" > $@
+
+$(VENV)/.heed $(OLDEST)/.heed: %/.heed: dist/.built %/.packages
+	$*/bin/python $(PIP) --no-deps --force-reinstall dist/heed-*.whl
+	@rm -f $*/.heed-here
+	@touch $@
+
+$(VENV)/.heed-here: $(SOURCES) $(VENV)/.packages
+	rm -rf build/here/wheel
+	@set -e; if nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -Eq '^(8|9|1[0-9])\.'; then \
+	  echo "heed: building for the GPU of this machine alone; make wheel builds for all"; \
+	  set -- HEED_CUDA_ARCHS=native "$$(scripts/setup_cuda.sh $(VENV))"; \
+	else \
+	  echo "heed: no GPU of sm_80 or newer here: building without CUDA kernels; make wheel builds them all"; \
+	  set -- HEED_CUDA=OFF ""; \
+	fi; \
+	$(PATHS) CUDACXX="$$2" $(WHEEL) -w build/here/wheel --config-settings=build-dir=build/here \
+	  --config-settings=cmake.define."$$1"
+	$(VENV)/bin/python $(PIP) --no-deps --force-reinstall build/here/wheel/heed-*.whl
+	@rm -f $(VENV)/.heed
 	@touch $@

@@ -1,33 +1,48 @@
-"""Writes the tables of README.md and docs/ from benchmarks/results/*.json; --check only compares."""
+"""Writes the tables of README.md and docs/ from benchmarks/results/*.json; --check only compares.
+
+<!-- table: NAME --> stands for the table of NAME.json, <!-- table: NAME PART --> for a part of it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+GPU_FAMILIES = {"sm80": "NVIDIA GPUs of sm_80 and newer"}
+
+
 def support_table(data: dict) -> str:
-    """One line per instruction set of the table of kernels, as `heed list --json` prints it."""
+    """One line per family of the table of kernels, as `heed list --json` prints it."""
     lines = ["| kernels | passes | tensors | head_dim |", "|---|---|---|---|"]
     for arch in dict.fromkeys(row["arch"] for row in data["kernels"]):
         rows = [row for row in data["kernels"] if row["arch"] == arch]
         passes = dict.fromkeys(row["pass"] for row in rows)
         dtypes = dict.fromkeys(row["dtype"] for row in rows)
-        dots = [row["dtype"] for row in rows if row["pass"] == "forward" and row["operand"] == "bf16"]
+        dots = [
+            row["dtype"] for row in rows if row["pass"] == "forward" and row["operand"] == "bf16"
+        ]
+        note = GPU_FAMILIES.get(arch, "bf16 dot products" if dots else "")
+        # The rows of a GPU are one per head_dim, the last for all that are smaller.
+        most = min(max(r["max_head_dim"] for r in rows if r["pass"] == name) for name in passes)
         lines.append(
-            f"| `{arch}`{' (bf16 dot products)' if dots else ''} | {', '.join(passes)} "
-            f"| {', '.join(dtypes)} | 1 to {min(row['max_head_dim'] for row in rows)} |"
+            f"| `{arch}`{f' ({note})' if note else ''} | {', '.join(passes)} "
+            f"| {', '.join(dtypes)} | 1 to {most} |"
         )
     return "\n".join(lines)
 
 
 def speed_table(data: dict) -> str:
     """One line per cell, then where and how it was measured."""
-    lines = ["| work | shape | dtype | heed ms | torch SDPA ms | speed-up |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| work | shape | dtype | heed ms | torch SDPA ms | speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {c['work']} | {c['shape']} | {c['dtype']} | {c['heed_ms']:.2f} | {c['torch_ms']:.2f} "
         f"| **{c['ratio']:.2f}x** |"
@@ -36,8 +51,8 @@ def speed_table(data: dict) -> str:
     m = data["machine"]
     lines += [
         "",
-        f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`, torch {m['torch']}, {m['date']}, "
-        f"commit `{m['commit']}`: `{m['command']}`",
+        f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`, torch {m['torch']}, "
+        f"{m['date']}, commit `{m['commit']}`: `{m['command']}`",
     ]
     return "\n".join(lines)
 
@@ -51,7 +66,9 @@ def model_table(data: dict) -> str:
     ]
     for cell in data["cells"]:
         ms = cell["ms"]
-        times = ["-" if not (t := ms.get(n)) else f"{t:.0f}" if t >= 100 else f"{t:.3g}" for n in names]
+        times = [
+            "-" if not (t := ms.get(n)) else f"{t:.0f}" if t >= 100 else f"{t:.3g}" for n in names
+        ]
         ratio = f"**{ms['sdpa'] / ms['heed']:.2f}x**" if ms["sdpa"] and ms["heed"] else "-"
         lines.append(f"| {' | '.join([cell['work'], cell['shape'], *times, ratio])} |")
     m = data["machine"]
@@ -63,20 +80,124 @@ def model_table(data: dict) -> str:
     return "\n".join(lines)
 
 
-def table_of(data: dict) -> str:
+def gpu_caption(m: dict) -> str:
+    return (
+        f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, cuDNN {m['cudnn']}, {m['date']}, "
+        f"commit `{m['commit']}`: `{m['command']}`"
+    )
+
+
+PEERS = {"heed": "heed", "flash": "SDPA flash", "cudnn": "SDPA cuDNN"}
+
+
+def gpu_kernel_table(data: dict, part: str) -> str:
+    """A line per cell of a pass; `masks`: those without a peer; `summary`: geometric means."""
+    cells = data["cells"]
+    if part == "summary":
+        return gpu_summary(data)
+    if part == "masks":
+        cells = [c for c in cells if len(c["ms"]) == 1]
+    else:
+        cells = [c for c in cells if part in ("", c["work"]) and (not part or len(c["ms"]) > 1)]
+    peers = [p for p in PEERS if any(p in c["ms"] for c in cells)]
+    unit = {c["unit"] for c in cells}
+    others = [p for p in peers if p != "heed"]
+    head = ["work", "shape", *(f"{PEERS[p]} {'/'.join(sorted(unit))}" for p in peers)]
+    head += ["ms", *(f"over {PEERS[p]}" for p in others)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for c in cells:
+        ms, rate = c["ms"], c["rate"]
+        row = [c["work"], c["shape"], *(f"{rate[p]:.3g}" if p in rate else "-" for p in peers)]
+        row += [f"{ms['heed']:.3g}"]
+        row += [f"**{ms[p] / ms['heed']:.2f}x**" if p in ms else "-" for p in others]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, "", gpu_caption(data["machine"])])
+
+
+def gpu_summary(data: dict) -> str:
+    lines = ["| pass | cells | over SDPA flash | over SDPA cuDNN |", "|---|---|---|---|"]
+    for work in dict.fromkeys(c["work"] for c in data["cells"]):
+        cells = [c["ms"] for c in data["cells"] if c["work"] == work and len(c["ms"]) > 1]
+        row = [work, str(len(cells))]
+        for peer in ("flash", "cudnn"):
+            ratios = [ms[peer] / ms["heed"] for ms in cells if peer in ms]
+            mean = f"**{statistics.geometric_mean(ratios):.2f}x**" if ratios else "-"
+            row.append(f"{mean} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, "", "Geometric means. " + gpu_caption(data["machine"])])
+
+
+def cuda_build_table(data: dict, part: str) -> str:
+    """What kernels cost on sm_90, a line per pass and head_dim; `totals`: what the build costs."""
+    m, t, limits = data["machine"], data["totals"], data["limits"]
+    where = f"nvcc {m['nvcc']}, {m['date']}, commit `{m['commit']}`: `{m['command']}`"
+    if part == "totals":
+        lines = ["| | measured | limit |", "|---|---|---|"]
+        lines += [
+            f"| whole build, {m['jobs']} jobs | {t['minutes']:.1f} min | {limits['minutes']} min |",
+            f"| CUDA files ({t['files']}), CPU time together | {t['cuda_cpu_minutes']:.1f} min | |",
+            f"| slowest file, CPU time | {t['file_seconds']:.1f} s | {limits['file_seconds']} s |",
+            f"| largest compiler process | {t['file_mb']} MB | {limits['file_mb']} MB |",
+            f"| `_heed.so`, stripped | {t['library_mb']:.1f} MB | {limits['library_mb']} MB |",
+        ]
+        on = f"{m['cpu']}, load average {m['load']}, GPUs `{m['archs']}`"
+        return "\n".join([*lines, "", f"{on}, {where}"])
+    head = ["pass", "head_dim", "tile", "warps", "shared memory", "registers"]
+    head += [f"spill bytes, {score}" for score in ("plain", "softcap", "general")]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    groups: dict[tuple, list[dict]] = {}
+    for k in data["kernels"]:
+        if "tile" in k and k["kernel"] != "finish_dq" and "sm_90" in k["archs"]:
+            pass_name = re.sub(r"^sm80_|_hdim.*$", "", k["file"])
+            groups.setdefault((pass_name, k["tile"]["head_dim"]), []).append(k)
+    for name in PASSES:
+        for dim in sorted(d for n, d in groups if n == name):
+            group = groups[name, dim]
+            tile = group[0]["tile"]
+            size = f"{tile['tile_m']} x {tile['tile_n']}"
+            warps = tile.get("warps") or tile["tile_n"] // tile["keys"] * tile["share"]
+            row_name = f"sm80/{group[0]['kernel']}/bf16/hdim{dim}/plain/{size.replace(' ', '')}"
+            smem = data["smem_bytes"].get(row_name)
+            spills = []
+            for score in ("plain", "softcap", "general"):
+                of_score = [k["archs"]["sm_90"] for k in group if k["score"] == score]
+                spills.append(str(max((c["spill_bytes"] for c in of_score), default="-")))
+            registers = max(k["archs"]["sm_90"]["registers"] for k in group)
+            row = [name, str(dim), size, str(warps), f"{smem / 1024:.0f} KB" if smem else "-"]
+            lines.append(f"| {' | '.join([*row, str(registers), *spills])} |")
+    return "\n".join(
+        [*lines, "", f"Stores and loads together, the larger of bf16 and f16. {where}"]
+    )
+
+
+PASSES = ["forward", "decode", "decode_compact", "decode_wide", "backward", "backward_compact"]
+
+
+def table_of(data: dict, part: str) -> str:
+    if "smem_bytes" in data:
+        return cuda_build_table(data, part)
     if "kernels" in data:
         return support_table(data)
+    if "rate" in data["cells"][0]:
+        return gpu_kernel_table(data, part)
     return model_table(data) if "ms" in data["cells"][0] else speed_table(data)
 
 
 def fill(text: str) -> str:
-    """Replaces what stands between <!-- table: NAME --> and <!-- end --> by the table of NAME.json."""
+    """Replaces what stands between <!-- table: NAME --> and <!-- end --> by the table of NAME.json.
+
+    A table without results stays as it is.
+    """
 
     def replace(match: re.Match[str]) -> str:
-        data = json.loads((ROOT / "benchmarks" / "results" / f"{match[1]}.json").read_text())
-        return f"<!-- table: {match[1]} -->\n{table_of(data)}\n<!-- end -->"
+        path = ROOT / "benchmarks" / "results" / f"{match[2]}.json"
+        if not path.exists():
+            return match[0]
+        return f"{match[1]}\n{table_of(json.loads(path.read_text()), match[3] or '')}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+    return re.sub(
+        r"(<!-- table: ([\w-]+)(?: (\w+))? -->)\n.*?<!-- end -->", replace, text, flags=re.S
+    )
 
 
 def main() -> None:

@@ -13,6 +13,12 @@ namespace heed {
 #include "kernel_list.inc"
 #undef HEED_KERNELS
 
+namespace {
+
+bool is_gpu(const KernelRow& row) { return row.arch >= Arch::sm80; }
+
+}  // namespace
+
 const char* name_of(Arch arch) {
   constexpr std::array kNames{"reference", "scalar", "avx2", "avx512", "avx512_bf16",
                               "neon",      "sm80",   "sm90", "sm100",  "sm120"};
@@ -39,9 +45,16 @@ std::span<const KernelRow> registry() {
   for (const KernelRow& row : group()) rows.push_back(row);
 #include "kernel_list.inc"
 #undef HEED_KERNELS
+    std::ranges::stable_partition(rows, is_gpu);
     return rows;
   }();
   return table;
+}
+
+std::span<const KernelRow> registry_of(Arch arch) {
+  static const auto num_gpu =
+      static_cast<std::size_t>(std::ranges::count_if(registry(), is_gpu));
+  return arch >= Arch::sm80 ? registry().first(num_gpu) : registry().subspan(num_gpu);
 }
 
 // x86 sets contain each other in the order of the enumeration; NEON stands alone. Kernels of a later

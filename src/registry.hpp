@@ -40,8 +40,10 @@ struct KernelRow {
 // "avx512/forward/bf16"; of a GPU also head_dim, score and tile: "sm80/forward/bf16/hdim64/plain/128x128".
 std::string name_of(const KernelRow& row);
 
-// Every kernel of this build, best first.
+// Every kernel of this build, those of GPUs before those of CPUs, best first.
 std::span<const KernelRow> registry();
+// The GPU's or the CPU's part of it.
+std::span<const KernelRow> registry_of(Arch arch);
 
 // The first thing about a row that does not fit a request.
 enum class Mismatch : std::uint8_t {

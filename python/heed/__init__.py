@@ -79,7 +79,9 @@ def attention(
         page_table: int32 ``[batch, max_pages]``: slot j of entry b is row ``j % page_size`` of
             page ``page_table[b, j // page_size]`` of k and v. Needs seqused_k. Forward only.
         intervals: int32 ``[batch or 1, seqlen_q, 2]`` (packed: ``[total_q, 2]``): first and end
-            key slot that a row sees. All limits hold together.
+            key slot that a row sees. All limits hold together. Or, with key_bits in the same
+            tensor, ``[batch or 1, 1, seqlen_q + n, 2]``: the last n rows hold the bits of 64 keys
+            each.
         key_bits: int32 ``[batch or 1, words]``: bit ``j % 32`` of word ``j // 32`` says that key
             slot j may be seen.
         bias: ``[batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k]``, any float dtype (added to
@@ -113,52 +115,73 @@ def attention(
         if right is not None and right != 0:
             raise ValueError(f"right = {right} must be 0 or None when causal = True")
         right = 0
-    if scale is None:
-        try:
-            scale = q.shape[-1] ** -0.5
-        except (IndexError, ZeroDivisionError):
-            scale = 1.0  # the operator refuses such a q
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    device = "cpu" if q.is_cpu else "cuda" if q.is_cuda else q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    out, lse = ops.attend(
+    left = -1 if left is None else _checked_limit("left", left)
+    right = -1 if right is None else _checked_limit("right", right)
+    if not (
+        bias is not None
+        or sink is not None
+        or softcap
+        or chunk
+        or dropout_p
+        or seed is not None
+        or key_bits is not None
+        or cu_seqlens_q is not None
+        or cu_seqlens_k is not None
+        or start_q is not None
+        or start_k is not None
+        or seqused_q is not None
+        or seqused_k is not None
+        or page_table is not None
+        or max_seqlen_q is not None
+        or max_seqlen_k is not None
+        or deterministic
+    ):
+        return ops.attend(q, k, v, return_lse, (scale, left, right, intervals))
+    return ops.attend(
         q,
         k,
         v,
-        bias,
-        sink,
-        intervals,
-        key_bits,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        start_q,
-        start_k,
-        seqused_q,
-        seqused_k,
-        page_table,
-        seed,
-        -1 if left is None else _checked_limit("left", left),
-        -1 if right is None else _checked_limit("right", right),
-        chunk,
-        scale,
-        softcap,
-        dropout_p,
-        -1 if max_seqlen_q is None else _checked_length("max_seqlen_q", max_seqlen_q),
-        -1 if max_seqlen_k is None else _checked_length("max_seqlen_k", max_seqlen_k),
-        deterministic,
+        return_lse,
+        (
+            scale,
+            left,
+            right,
+            intervals,
+            bias,
+            sink,
+            softcap,
+            chunk,
+            dropout_p,
+            seed,
+            key_bits,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            start_q,
+            start_k,
+            seqused_q,
+            seqused_k,
+            page_table,
+            -1 if max_seqlen_q is None else _checked_length("max_seqlen_q", max_seqlen_q),
+            -1 if max_seqlen_k is None else _checked_length("max_seqlen_k", max_seqlen_k),
+            deterministic,
+        ),
     )
-    return (out, lse) if return_lse else out
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """float64 stays, as in PyTorch's own autocast."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    device = q.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return [q, k, v]
+    dtype = torch.get_autocast_dtype(device)
     return [
-        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v)
     ]
 
 

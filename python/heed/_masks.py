@@ -2,12 +2,14 @@
 
 Transformers describes a mask as a tree of small Python functions of (batch, head, query, key).
 Each function in `_LEAVES` leaves every query row one interval of keys, so a tree of them is read
-instead of evaluated: a few tensor operations of size [batch, seqlen], no value reaches the host.
+instead of evaluated. One operation makes the mask of a band, the most common tree; a few tensor
+operations of size [batch, seqlen] make that of any other. No value reaches the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,24 +44,31 @@ def _bits(valid: Tensor) -> Tensor:
     return (padded.unflatten(-1, (-1, 2, 32)).int() << place).sum(-1, dtype=torch.int32)
 
 
-def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor | None]:
-    """Splits a mask of `encode` into intervals [batch, seqlen_q, 2] and key bits [batch, words]."""
-    bit_rows = mask.shape[-2] - seqlen_q
-    if mask.shape[-1] != 2 or (bit_rows != 0 and bit_rows * _KEYS_PER_ROW < seqlen_k):
+def check(mask: Tensor, seqlen_q: int, seqlen_k: int) -> None:
+    """Refuses an int32 mask that `encode` cannot have made for these lengths."""
+    _, _, rows, two = mask.shape
+    bit_rows = rows - seqlen_q
+    if two != 2 or (bit_rows != 0 and bit_rows * _KEYS_PER_ROW < seqlen_k):
         raise ValueError(
             f"attention_mask = int32 {list(mask.shape)} is not a mask that heed made for "
             f"{seqlen_q} queries and {seqlen_k} keys; a mask of your own must be a bool or float "
             "tensor [batch, heads or 1, seqlen_q, seqlen_k]"
         )
+
+
+def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor | None]:
+    """Splits a mask of `encode` into intervals [batch, seqlen_q, 2] and key bits [batch, words]."""
+    check(mask, seqlen_q, seqlen_k)
     rows = mask[:, 0]
-    return rows[:, :seqlen_q], rows[:, seqlen_q:].flatten(1) if bit_rows else None
+    bits = rows[:, seqlen_q:].flatten(1) if rows.shape[1] > seqlen_q else None
+    return rows[:, :seqlen_q], bits
 
 
 def valid_keys(padding_mask: Tensor, kv_offset: int | Tensor, kv_length: int) -> Tensor:
     """The padding mask of the key slots [batch, kv_length]; slots past its end are not valid."""
     known = padding_mask.shape[-1]
     position = torch.arange(kv_length, device=padding_mask.device) + kv_offset
-    return padding_mask[:, position.clamp(max=known - 1)] & (position < known)
+    return padding_mask.bool()[:, position.clamp(max=known - 1)] & (position < known)
 
 
 def slot_interval(
@@ -75,7 +84,7 @@ def slot_interval(
 
 
 def restarting_documents(mask: Tensor | None, seqlen_q: int, position_ids: Tensor) -> Tensor:
-    """Intervals int32 [1, seqlen_q, 2] of documents that start at the lowest position, in `mask`.
+    """Mask int32 [1, 1, rows, 2] of documents that start at the lowest position, in `mask`.
 
     A row that has padding is one document, as in FlashAttention's path.
     """
@@ -94,16 +103,18 @@ def restarting_documents(mask: Tensor | None, seqlen_q: int, position_ids: Tenso
 def listed_documents(
     mask: Tensor | None, seqlen_q: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Tensor:
-    """Intervals int32 [1, seqlen_q, 2] of documents of these cumulative lengths, in `mask`."""
+    """Mask int32 [1, 1, rows, 2] of documents of these cumulative lengths, in `mask`."""
     row = torch.arange(seqlen_q, dtype=cu_seqlens_q.dtype, device=cu_seqlens_q.device)
     end = torch.searchsorted(cu_seqlens_q, row, right=True).clamp(max=cu_seqlens_q.shape[0] - 1)
     return _cut(mask, (cu_seqlens_k[end - 1][None], cu_seqlens_k[end][None]))
 
 
 def _cut(mask: Tensor | None, documents: Interval) -> Tensor:
-    if mask is not None and mask.dtype == torch.int32:
-        documents = intersect(documents, mask[:, 0, : documents[0].shape[-1]].unbind(-1))
-    return torch.stack(documents, dim=-1).to(torch.int32)
+    if mask is None or mask.dtype != torch.int32:
+        return encode(documents, None, 1)
+    rows, bits = mask.split((documents[0].shape[-1], mask.shape[2] - documents[0].shape[-1]), dim=2)
+    seen = intersect(documents, rows[:, 0].unbind(-1))
+    return torch.cat((encode(seen, None, 1), bits), dim=2)
 
 
 def intersect(a: Interval, b: Interval) -> Interval:
@@ -117,6 +128,50 @@ def unite(a: Interval, b: Interval) -> Interval:
     first = torch.where(a_empty, b[0], torch.where(b_empty, a[0], torch.minimum(a[0], b[0])))
     end = torch.where(a_empty, b[1], torch.where(b_empty, a[1], torch.maximum(a[1], b[1])))
     return first, end
+
+
+class Band(NamedTuple):
+    """Keys position - left to position + right, of the chunk that `position` is in; -1: no limit.
+
+    Chunks of `chunk` keys begin at position 0, or at `chunk_start` [batch].
+    """
+
+    left: int = -1
+    right: int = -1
+    chunk: int = 0
+    chunk_start: Tensor | None = None
+
+
+def read_band(function: Callable) -> Band | None:
+    """The band that `function` lets every position see, or None for another tree."""
+    name, free = name_and_closure(function)
+    if name == "causal_mask_function":
+        return Band(right=0)
+    if name == "bidirectional_mask_function":
+        return Band()
+    if name == "and_masks":
+        left, right, chunk, chunk_start = Band()
+        for part in free["mask_functions"]:
+            band = read_band(part)
+            if band is None or (chunk and band.chunk):
+                return None
+            left, right = _lower(left, band.left), _lower(right, band.right)
+            chunk, chunk_start = (chunk, chunk_start) if chunk else (band.chunk, band.chunk_start)
+        return Band(left, right, chunk, chunk_start)
+    if (name, *sorted(free)) not in _LEAVES:
+        return None
+    if name == "sliding_window_overlay" and free["sliding_window"] > 0:
+        return Band(left=free["sliding_window"] - 1)
+    if name == "sliding_window_bidirectional_overlay" and free["sliding_window"] >= 0:
+        return Band(left=free["sliding_window"], right=free["sliding_window"])
+    if name == "chunked_overlay" and free["chunk_size"] > 0:
+        return Band(chunk=free["chunk_size"], chunk_start=free.get("left_padding"))
+    return None
+
+
+def _lower(a: int, b: int) -> int:
+    """The tighter of two limits."""
+    return max(a, b) if a < 0 or b < 0 else min(a, b)
 
 
 def read_tree(function: Callable, query: Tensor, padding_mask: Tensor | None) -> Interval | None:

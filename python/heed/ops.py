@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
 
 _OLDEST_TORCH = (2, 10)
 _LIBRARY = "_heed.so"
@@ -30,59 +31,82 @@ def _load_library() -> Path:
 
 
 library = _load_library()
+# The kernels: q, k, v, whether lse is wanted, fields. They have no gradients.
+forward_band = torch.ops.heed.forward_band.default  # the first fields only
 forward = torch.ops.heed.forward.default
+# q, k, v, fields, with gradients, for tracing: eager calls through register_autograd() take 16 us.
+traced = torch.ops.heed.attention.default
 backward = torch.ops.heed.backward.default
+band_mask = torch.ops.heed.band_mask.default
 
-# What `forward` takes: q, k, v, these tensors, these numbers.
-_OPTIONAL_TENSORS = (
-    "bias",
-    "sink",
-    "intervals",
-    "key_bits",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "start_q",
-    "start_k",
-    "seqused_q",
-    "seqused_k",
-    "page_table",
-    "seed",
-)
-_NUM_TENSORS = 3 + len(_OPTIONAL_TENSORS)
-_NUM_NUMBERS = 9
-# Gradients go to q, k, v, bias and sink; the other arguments have none.
-_NO_GRADIENTS = (None,) * (_NUM_TENSORS - 5 + _NUM_NUMBERS)
+FIELDS = tuple(argument.name for argument in traced._schema.arguments[3:])
+_NUM_BAND_FIELDS = len(forward_band._schema.arguments) - 4
+_NUM_NUMBERS = FIELDS.index("intervals")  # no tensor stands before it
+_BIAS, _SINK = FIELDS.index("bias"), FIELDS.index("sink")
 
-# Skips the kernel that register_autograd() makes, which is for tracing and slow (16 us a call).
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+# Calls an operator without looking for __torch_function__, which is a tenth of heed.attention.
+_call = torch._C._dispatch_call_boxed
+_FORWARD_BAND = torch._C._dispatch_find_schema_or_throw("heed::forward_band", "")
 
 
-def attend(*inputs) -> tuple[Tensor, Tensor]:
-    """out and lse of torch.ops.heed.forward's arguments, with gradients where they are needed."""
+def attend(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, fields: tuple):
+    """out, or out and lse, with gradients where they are needed.
+
+    `fields` are all FIELDS or those of forward_band.
+    """
     if torch.compiler.is_compiling():
-        return forward(*inputs)
+        return _differentiable(q, k, v, want_lse, fields)
     try:
-        if torch.is_grad_enabled() and _any_requires_grad(inputs):
-            return _Attention.apply(*inputs)
+        if torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or _has_gradients(fields)
+        ):
+            return _attend_with_gradients(q, k, v, want_lse, fields)
         if forward_ad._current_level >= 0:  # refuses tangents
-            return _Attention.apply(*inputs)
+            return _Attention.apply(q, k, v, fields)
         if torch._C._are_functorch_transforms_active():  # vmap keeps gradients on this route only
-            return forward(*inputs)
-        with _below_autograd():
-            return forward(*inputs)
+            return _differentiable(q, k, v, want_lse, fields)
+        result = _forward(q, k, v, want_lse, fields)
+        return result if want_lse else result[0]
     except RuntimeError as error:
         raise python_error(error) from None
 
 
-def _any_requires_grad(inputs) -> bool:
-    q, k, v, bias, sink = inputs[:5]
-    return (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sink is not None and sink.requires_grad)
+def _forward(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, fields: tuple):
+    if len(fields) > _NUM_BAND_FIELDS:
+        return forward(q, k, v, want_lse, *fields)
+    if has_torch_function_variadic(q, k, v):
+        return forward_band(q, k, v, want_lse, *fields)
+    return _call(_FORWARD_BAND, q, k, v, want_lse, *fields)
+
+
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, fields: tuple):
+    out, lse = traced(q, k, v, *fields)
+    return (out, lse) if want_lse else out
+
+
+def _attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, fields: tuple):
+    inputs = (q, k, v, fields, *fields[_BIAS : _SINK + 1])
+    if torch._C._are_functorch_transforms_active():  # refuses them
+        return _Attention.apply(*inputs)
+    return (_apply_with_lse if want_lse else _apply)(*inputs)
+
+
+def _has_gradients(fields: tuple) -> bool:
+    return len(fields) > _NUM_BAND_FIELDS and any(
+        t is not None and t.requires_grad for t in (fields[_BIAS], fields[_SINK])
     )
+
+
+def make_band_mask(*inputs) -> Tensor:
+    """The result of torch.ops.heed.band_mask, an `intervals` with key bits."""
+    if torch.compiler.is_compiling():
+        return band_mask(*inputs)
+    try:
+        with _below_autograd():
+            return band_mask(*inputs)
+    except RuntimeError as error:
+        raise python_error(error) from None
 
 
 def python_error(error: RuntimeError) -> Exception:
@@ -99,47 +123,88 @@ def python_error(error: RuntimeError) -> Exception:
 # ---- gradients ----
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*output, *inputs[:_NUM_TENSORS])
-    ctx.numbers = inputs[_NUM_TENSORS:]
-    ctx.set_materialize_grads(False)
+_SAVED = object()  # stands for a tensor that autograd keeps
 
 
-def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None):
-    out, lse, q, k, v, bias, sink, *arrays = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:5]
+def _save(ctx, q, k, v, out, lse, fields) -> None:
+    """The tensors where autograd watches them, everything else on ctx."""
+    tensors = [x for x in fields[_NUM_NUMBERS:] if x is not None and isinstance(x, Tensor)]
+    ctx.save_for_backward(q, k, v, out, lse, *tensors)
+    if tensors:
+        fields = tuple(_SAVED if isinstance(x, Tensor) else x for x in fields)
+    ctx.fields = fields
+
+
+def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None, wanted: tuple[bool, bool]) -> tuple:
+    """Those of q, k, v, bias and sink; `wanted` are the last two."""
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    fields = ctx.fields
+    if tensors:
+        rest = iter(tensors)
+        fields = tuple(next(rest) if x is _SAVED else x for x in fields)
     if dout is None:
         dout = torch.zeros_like(out)
-    inputs = (dout, dlse, q, k, v, out, lse, bias, sink, *arrays, *ctx.numbers, *needed[3:])
+    inputs = (dout, dlse, q, k, v, out, lse, *fields)
+    if len(fields) == len(FIELDS):
+        inputs += wanted
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        gradients = backward(*inputs)
-    else:
-        with _below_autograd():
-            gradients = backward(*inputs)
-    return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *_NO_GRADIENTS
+        return backward(*inputs)
+    with _below_autograd():
+        return backward(*inputs)
 
 
 class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        with _below_autograd():
-            output = forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
+    """out of q, k, v, fields and, once more, what has gradients among the fields: bias and sink."""
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def forward(ctx, q, k, v, fields, *bias_and_sink):
+        out, lse = _forward(q, k, v, True, fields)
+        _save(ctx, q, k, v, out, lse, fields)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout, dlse=None):
         try:
-            return _gradients(ctx, dout, dlse)
+            needed = (*ctx.needs_input_grad[4:], False, False)[:2]
+            dq, dk, dv, dbias, dsink = _gradients(ctx, dout, dlse, needed)
         except RuntimeError as error:
             raise python_error(error) from None
+        return dq, dk, dv, None, dbias, dsink
+
+
+class _AttentionWithLse(_Attention):
+    @staticmethod
+    def forward(ctx, q, k, v, fields, *bias_and_sink):
+        out, lse = _forward(q, k, v, True, fields)
+        _save(ctx, q, k, v, out, lse, fields)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+
+# Without Function's own apply(), which prepares functorch's transforms in Python.
+_apply = super(torch.autograd.Function, _Attention).apply
+_apply_with_lse = super(torch.autograd.Function, _AttentionWithLse).apply
+
+
+def _set_up(ctx, inputs, output) -> None:
+    q, k, v, *fields = inputs
+    _save(ctx, q, k, v, *output, tuple(fields))
+    ctx.set_materialize_grads(False)
+
+
+def _traced_gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    needed = (*ctx.needs_input_grad[3:], *[False] * len(FIELDS))
+    dq, dk, dv, dbias, dsink = _gradients(ctx, dout, dlse, (needed[_BIAS], needed[_SINK]))
+    of_fields: list[Tensor | None] = [None] * len(FIELDS)
+    of_fields[_BIAS], of_fields[_SINK] = dbias, dsink
+    return dq, dk, dv, *of_fields
 
 
 def _refuse_second_derivative(ctx, *_):
     raise NotImplementedError("heed does not differentiate the gradients of attention once more")
 
 
-torch.library.register_autograd("heed::forward", _gradients, setup_context=_save)
+torch.library.register_autograd("heed::attention", _traced_gradients, setup_context=_set_up)
 torch.library.register_autograd("heed::backward", _refuse_second_derivative)
 
 
@@ -162,24 +227,42 @@ def _check_tensors(q: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}.dtype = {tensor.dtype} must be q.dtype = {q.dtype}")
 
 
-@torch.library.register_fake("heed::forward")
-def _forward_fake(q, k, v, *fields):
-    _check_tensors(q, k=k, v=v, **dict(zip(_OPTIONAL_TENSORS, fields, strict=False)))
+@torch.library.register_fake("heed::attention")
+def _attention_fake(q, k, v, *fields):
+    named = dict(zip(FIELDS, fields, strict=False))  # PyTorch leaves out trailing defaults
+    tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    _check_tensors(q, k=k, v=v, **tensors)
     *rows, heads, _ = q.shape
     lse = (heads, *rows) if q.dim() == 3 else (rows[0], heads, rows[1])
     return q.new_empty((*rows, heads, v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.register_fake("heed::backward")
-def _backward_fake(dout, dlse, q, k, v, out, lse, bias, sink, *rest):
-    _check_tensors(q, k=k, v=v, dout=dout, dlse=dlse, out=out, lse=lse, bias=bias, sink=sink)
-    # PyTorch leaves out trailing arguments that have their schema's defaults.
-    want_dbias, want_dsink = (*rest, *(False, True, True)[len(rest) - 18 :])[19:21]
+@torch.library.register_fake("heed::forward_band")
+@torch.library.register_fake("heed::forward")
+def _forward_fake(q, k, v, want_lse, *fields):
+    out, lse = _attention_fake(q, k, v, *fields)
+    return out, lse if want_lse else None
 
-    def optional(of: Tensor | None, wanted: bool) -> Tensor:
+
+@torch.library.register_fake("heed::backward")
+def _backward_fake(dout, dlse, q, k, v, out, lse, *rest):
+    named = dict(zip((*FIELDS, "want_dbias", "want_dsink"), rest, strict=False))
+    bias, sink = named.get("bias"), named.get("sink")
+    _check_tensors(q, k=k, v=v, dout=dout, dlse=dlse, out=out, lse=lse, bias=bias, sink=sink)
+
+    def gradient(of: Tensor | None, wanted: bool) -> Tensor | None:
         if of is None or of.dtype == torch.bool or not wanted:
-            return q.new_empty((0,), dtype=torch.float32)
+            return None
         return of.new_empty(of.shape)
 
-    gradients = (t.new_empty(t.shape) for t in (q, k, v))
-    return (*gradients, optional(bias, want_dbias), optional(sink, want_dsink))
+    return (
+        *(t.new_empty(t.shape) for t in (q, k, v)),
+        gradient(bias, named.get("want_dbias", True)),
+        gradient(sink, named.get("want_dsink", True)),
+    )
+
+
+@torch.library.register_fake("heed::band_mask")
+def _band_mask_fake(padding, positions, chunk_start, batch, seqlen_q, q_offset, slots, *rest):
+    bit_rows = 0 if padding is None else (slots + 63) // 64
+    return torch.empty((batch, 1, seqlen_q + bit_rows, 2), dtype=torch.int32, device=rest[-1])

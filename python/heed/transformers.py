@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from heed import _masks, attention
+from heed import _masks, attention, ops
 
 OLDEST, NEWEST, BEYOND = "4.53.0", "5.23.0", "6.0.0"
 
@@ -72,55 +72,85 @@ def attention_forward(
     `attention_mask` is what `key_interval_mask` returned or a bool or float mask [batch or 1,
     heads or 1, seqlen_q or 1, seqlen_k] of the user. Returns [batch, seqlen_q, heads, head_dim_v].
     """
-    _refuse(kwargs)
+    if kwargs:
+        _refuse(kwargs)
+    batch, _, seqlen_q, _ = query.shape
+    seqlen_k = key.shape[2]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    problem = _visible(attention_mask, position_bias, query, key, is_causal, sliding_window)
-    problem |= {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "dropout_p": dropout}
+    left = right = intervals = None
+    bias = position_bias
+    if attention_mask is None:
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        left = None if sliding_window is None else sliding_window - 1
+        right = 0 if is_causal else left
+    elif attention_mask.dtype == torch.int32 and attention_mask.ndim == 4:
+        _masks.check(attention_mask, seqlen_q, seqlen_k)
+        intervals = attention_mask
+    else:
+        bias = _bias_of(attention_mask, position_bias, seqlen_q, seqlen_k)
 
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if attention_mask is None and position_bias is None:
-            problem |= {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
-            problem |= {"max_seqlen_q": max_length_q, "max_seqlen_k": max_length_k}
-            return _packed_attention(query, key, value, problem), None
-        if query.shape[0] > 1 or not _is_own(attention_mask):
+            out = attention(
+                query.flatten(0, 1),  # documents lie one after the other, entry after entry
+                key.flatten(0, 1),
+                value.flatten(0, 1),
+                left=left,
+                right=right,
+                cu_seqlens_q=cu_seq_lens_q.to(torch.int32),
+                cu_seqlens_k=cu_seq_lens_k.to(torch.int32),
+                max_seqlen_q=max_length_q,
+                max_seqlen_k=max_length_k,
+                scale=scaling,
+                softcap=softcap or 0.0,
+                sink=s_aux,
+                dropout_p=dropout,
+            )
+            return out.unflatten(0, (batch, seqlen_q)), None
+        if batch > 1 or not _is_own(attention_mask):
             raise NotImplementedError(
                 "cu_seq_lens_q is not supported together with a position_bias, with an "
                 "attention_mask of your own or with a padded batch: leave one of the two out"
             )
-        problem["intervals"] = _once_per_forward(
-            _masks.listed_documents, attention_mask, query.shape[1], cu_seq_lens_q, cu_seq_lens_k
+        intervals = _once_per_forward(
+            _masks.listed_documents, attention_mask, seqlen_q, cu_seq_lens_q, cu_seq_lens_k
         )
-    elif _may_be_packed(position_ids, attention_mask, query, key):
-        problem["intervals"] = _once_per_forward(
-            _masks.restarting_documents, attention_mask, query.shape[1], position_ids
+    elif (  # where FlashAttention's path in Transformers takes restarting positions for documents
+        position_ids is not None
+        and batch == 1
+        and 1 < seqlen_q == seqlen_k
+        and position_ids.ndim <= 2
+        and position_ids.numel() == seqlen_q
+        and _is_own(attention_mask)
+    ):
+        intervals = _once_per_forward(
+            _masks.restarting_documents, attention_mask, seqlen_q, position_ids
         )
-    return attention(query, key, value, **problem), None
+    out = attention(
+        query,
+        key,
+        value,
+        left=left,
+        right=right,
+        intervals=intervals,
+        bias=bias,
+        scale=scaling,
+        softcap=softcap or 0.0,
+        sink=s_aux,
+        dropout_p=dropout,
+    )
+    return out, None
 
 
 def _refuse(arguments: dict) -> None:
-    for name, way_out in _REFUSED.items():
-        if arguments.get(name) is not None and arguments[name] is not False:
-            raise NotImplementedError(f'{name} is not supported by "heed": {way_out}')
+    for name, value in arguments.items():
+        if name in _REFUSED and value is not None and value is not False:
+            raise NotImplementedError(f'{name} is not supported by "heed": {_REFUSED[name]}')
 
 
-def _visible(
-    mask: Tensor | None,
-    position_bias: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    is_causal: bool,
-    sliding_window: int | None,
-) -> dict:
-    """The arguments of `heed.attention` that say which keys a row sees, and the bias."""
-    seqlen_q, seqlen_k = query.shape[1], key.shape[1]
-    if mask is None:
-        reach = None if sliding_window is None else sliding_window - 1
-        return {"left": reach, "right": 0 if is_causal else reach, "bias": position_bias}
-    if mask.ndim == 4 and mask.dtype == torch.int32:
-        intervals, key_bits = _masks.decode(mask, seqlen_q, seqlen_k)
-        return {"intervals": intervals, "key_bits": key_bits, "bias": position_bias}
+def _bias_of(mask: Tensor, position_bias: Tensor | None, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """A bool or float mask of the user, or a bool mask of heed as int8, with the bias."""
     if mask.dtype == torch.int8:
         mask = mask.view(torch.bool)
     if mask.ndim != 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
@@ -130,37 +160,15 @@ def _visible(
         )
     mask = mask[..., :seqlen_k]  # made for a whole static cache in some models
     if position_bias is None:
-        return {"bias": mask}
+        return mask
     if mask.dtype == torch.bool:
-        return {"bias": torch.where(mask, position_bias, float("-inf"))}
-    return {"bias": position_bias + mask}
+        return torch.where(mask, position_bias, float("-inf"))
+    return position_bias + mask
 
 
 def _is_own(mask: Tensor | None) -> bool:
     """Made by `key_interval_mask`, and so without knowledge of documents."""
     return mask is None or mask.dtype in (torch.int32, torch.int8)
-
-
-def _packed_attention(query: Tensor, key: Tensor, value: Tensor, problem: dict) -> Tensor:
-    """Attention of documents that lie one after the other, batch entry after batch entry."""
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        problem[name] = problem[name].to(torch.int32)
-    out = attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), **problem)
-    return out.unflatten(0, query.shape[:2])
-
-
-def _may_be_packed(
-    position_ids: Tensor | None, mask: Tensor | None, query: Tensor, key: Tensor
-) -> bool:
-    """Where FlashAttention's path in Transformers takes positions that restart for documents."""
-    return (
-        position_ids is not None
-        and query.shape[0] == 1
-        and 1 < query.shape[1] == key.shape[1]
-        and position_ids.ndim <= 2
-        and position_ids.numel() == query.shape[1]
-        and _is_own(mask)
-    )
 
 
 # First of the tensors -> (function, weak references to the tensors, their versions, result)
@@ -210,22 +218,41 @@ def key_interval_mask(
     Returns key intervals (`_masks.encode`), or a bool mask [batch, 1, seqlen_q, seqlen_k] where
     `mask_function` is not known, or None where `is_causal` of the layer says it all.
     """
-    query, same_end = _query_positions(kv_offset + kv_length, **call)
+    queries = _Queries(**call)
     may_skip = call.get("allow_is_causal_skip", True) or call.get("allow_is_bidirectional_skip")
     name, _ = _masks.name_and_closure(mask_function)
     causal, bidirectional = name == "causal_mask_function", name == "bidirectional_mask_function"
-    if attention_mask is None and may_skip and (bidirectional or (causal and same_end)):
-        return None
+    if attention_mask is None and may_skip:
+        if bidirectional or (causal and queries.end_at(kv_offset + kv_length)):
+            return None
 
     # A model that wants a mask which `is_causal` could replace edits it, so it gets a bool one.
     edits = not may_skip and (causal or bidirectional) and call.get("q_length", 1) > 1
-    interval = None if edits else _masks.read_tree(mask_function, query, attention_mask)
-    if interval is not None:
-        valid = None
-        if attention_mask is not None:
-            valid = _masks.valid_keys(attention_mask, kv_offset, kv_length)
-        interval = _masks.slot_interval(interval, valid, kv_offset, kv_length)
-        return _masks.encode(interval, valid, batch_size)
+    if not edits:
+        # Before Transformers 5.0 the offset of a sliding cache lies on the device.
+        band = None if isinstance(kv_offset, Tensor) else _masks.read_band(mask_function)
+        if band is not None:
+            return ops.make_band_mask(
+                attention_mask,
+                queries.positions,
+                band.chunk_start,
+                batch_size,
+                queries.length,
+                queries.offset,
+                kv_length,
+                kv_offset,
+                band.left,
+                band.right,
+                band.chunk,
+                queries.device,
+            )
+        interval = _masks.read_tree(mask_function, queries.all_positions(), attention_mask)
+        if interval is not None:
+            valid = None
+            if attention_mask is not None:
+                valid = _masks.valid_keys(attention_mask, kv_offset, kv_length)
+            interval = _masks.slot_interval(interval, valid, kv_offset, kv_length)
+            return _masks.encode(interval, valid, batch_size)
 
     mask = sdpa_mask(
         batch_size=batch_size,
@@ -239,20 +266,43 @@ def key_interval_mask(
     return mask if edits or attention_mask is not None else mask.view(torch.int8)
 
 
-def _query_positions(
-    kv_end: int | Tensor,
-    cache_position: Tensor | None = None,
-    q_length: int = 0,
-    q_offset: int | Tensor = 0,
-    device: torch.device | None = None,
-    **_,
-) -> tuple[Tensor, bool]:
-    """Positions [1, seqlen_q], and whether the last query is known to stand at the last key."""
-    if cache_position is not None:  # Transformers before 5.4
-        return cache_position[None], cache_position.shape[0] == kv_end
-    query = torch.arange(q_length, device=device)[None] + q_offset
-    # The offset of a static cache lies on the device, and the cache has slots after the last query.
-    return query, not isinstance(q_offset, Tensor) and q_offset + q_length == kv_end
+class _Queries:
+    """Where the queries stand: at offset, offset + 1, ..., or where a tensor says.
+
+    `positions` holds that of the first query, for a static cache, or that of each query.
+    """
+
+    def __init__(
+        self,
+        cache_position: Tensor | None = None,
+        q_length: int = 0,
+        q_offset: int | Tensor = 0,
+        device: torch.device | None = None,
+        **_,
+    ):
+        self.positions, self.offset, self.length, self.device = None, 0, q_length, device
+        if cache_position is not None:  # Transformers before 5.4
+            self.positions, self.device = cache_position, cache_position.device
+            self.length = cache_position.shape[0]
+        elif isinstance(q_offset, Tensor):
+            self.positions = q_offset
+        else:
+            self.offset = q_offset
+        self._listed = cache_position is not None
+
+    def end_at(self, kv_end: int | Tensor) -> bool:
+        """Whether the last query is known to stand at the last key."""
+        if self._listed:
+            return self.length == kv_end
+        # A static cache has slots after the last query.
+        return self.positions is None and self.offset + self.length == kv_end
+
+    def all_positions(self) -> Tensor:
+        """[1, seqlen_q]"""
+        if self._listed:
+            return self.positions[None]
+        offset = self.offset if self.positions is None else self.positions
+        return torch.arange(self.length, device=self.device)[None] + offset
 
 
 AttentionInterface.register("heed", attention_forward)

@@ -100,7 +100,7 @@ Result<Plan> plan_any(const Problem& problem, const Device& device, const Option
     return Status(Code::invalid, "options.splits = " + std::to_string(options.splits) +
                                      " must be at least 0 (0: chosen from the shape)");
   const Request request = request_of(problem, device, options);
-  const KernelRow* row = find_row(registry(), request);
+  const KernelRow* row = find_row(registry_of(device.arch), request);
   if (row == nullptr) return no_kernel(request);
   Plan plan{.row = row,
             .workers = device.units > 0 ? device.units : 1,
@@ -117,11 +117,10 @@ std::string explain_any(const Problem& problem, const Device& device, const Opti
   if (!chosen.ok()) return chosen.status().message() + "\n";
   std::string text = describe(*chosen) + "\n";
   const Request request = request_of(problem, device, options);
-  for (const KernelRow& row : registry()) {
+  for (const KernelRow& row : registry_of(device.arch)) {
     if (&row == chosen->row) break;
     const Mismatch why = mismatch(row, request);
     if (why == Mismatch::pass || why == Mismatch::dtype) continue;
-    if ((row.arch < Arch::sm80) != device.is_cpu()) continue;  // CPUs and GPUs are different tables
     text += "  not " + name_of(row) + ": " + describe(why, row, request) + "\n";
   }
   return text;

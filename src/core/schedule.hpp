@@ -1,4 +1,4 @@
-// Into how many parts a GPU splits the keys of few query rows.
+// In which order a GPU computes, and into how many parts it splits the keys of few query rows.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct SplitRequest {
 // step per tile of keys and kStart steps to begin, blocks run in waves of `slots`, and joining the
 // parts costs kJoin steps and a step for every kPartsPerStep of them (fitted to an H200).
 constexpr int gpu_splits(const SplitRequest& r, int wanted) {
-  constexpr std::int64_t kStart = 2, kJoin = 6, kPartsPerStep = 16;
+  constexpr std::int64_t kStart = 3, kJoin = 6, kPartsPerStep = 64;
   const std::int64_t steps = (r.keys + r.tile_n - 1) / r.tile_n;
   const std::int64_t most = clamp64(steps / 2, 1, kMostSplits);
   if (wanted > 0) return static_cast<int>(clamp64(wanted, 1, most));
@@ -37,6 +37,28 @@ constexpr int gpu_splits(const SplitRequest& r, int wanted) {
     }
   }
   return static_cast<int>(best);
+}
+
+// Blocks of a forward pass: items (heads of entries) in turns of `at_once`, whose keys and values
+// stay in L2 together; within a turn first the first tile of every item, then the second ones. So
+// the blocks that start last are the lightest of a causal band.
+struct ItemTile {
+  int item, tile;
+};
+constexpr ItemTile item_tile(int block, int items, int at_once, int tiles) {
+  const int first = block / (at_once * tiles) * at_once;
+  const int count = items - first < at_once ? items - first : at_once;
+  const int rest = block - first * tiles;
+  return {first + rest % count, rest / count};
+}
+
+// Heads of entries whose keys and values fill half of the 40 to 50 MB of L2 that an A100 or H200
+// has.
+constexpr int items_in_l2(const ForwardProblem& f) {
+  constexpr std::int64_t kBytes = std::int64_t{20} << 20;
+  const std::int64_t group = f.k.heads() == 0 ? 1 : f.q.heads() / f.k.heads();
+  const std::int64_t bytes = 2 * max_seqlen_k(f) * (f.k.head_dim() + f.v.head_dim());
+  return static_cast<int>(clamp64(bytes == 0 ? 1 : kBytes * group / bytes, 1, 1 << 20));
 }
 
 }  // namespace heed

@@ -1,5 +1,7 @@
-// The operators heed::forward and heed::backward: tensors in, plan, run, tensors out.
+// The operators heed::forward, heed::attention and heed::backward: tensors in, plan, run, tensors
+// out.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <array>
@@ -8,70 +10,64 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "api/message.hpp"
-#include "executor.hpp"
-#include "gpu.hpp"
+#include "arguments.hpp"
+#include "band_mask.hpp"
 #include "heed/heed.hpp"
 #include "registry.hpp"
+#include "target.hpp"
 #include "tensors.hpp"
 
 namespace heed::operators {
 namespace {
 
-// Takes an operator's arguments off its stack, in the order of the schema.
-class Arguments {
- public:
-  explicit Arguments(const StableIValue* stack) : next_(stack) {}
-
-  template <class T>
-  T take() {
-    return torch::stable::detail::to<T>(*next_++);
-  }
-  std::optional<Tensor> optional_tensor() { return take<std::optional<Tensor>>(); }
-
- private:
-  const StableIValue* next_;
-};
-
-// What both operators take from `bias` on.
+// What the operators take besides tensors like q.
 struct Fields {
-  explicit Fields(Arguments& a)
-      : bias(a.optional_tensor()),
-        sink(a.optional_tensor()),
-        intervals(a.optional_tensor()),
-        key_bits(a.optional_tensor()),
-        cu_seqlens_q(a.optional_tensor()),
-        cu_seqlens_k(a.optional_tensor()),
-        start_q(a.optional_tensor()),
-        start_k(a.optional_tensor()),
-        seqused_q(a.optional_tensor()),
-        seqused_k(a.optional_tensor()),
-        page_table(a.optional_tensor()),
-        seed(a.optional_tensor()),
-        left(a.take<std::int64_t>()),
-        right(a.take<std::int64_t>()),
-        chunk(a.take<std::int64_t>()),
-        scale(a.take<double>()),
-        softcap(a.take<double>()),
-        dropout_p(a.take<double>()),
-        max_seqlen_q(a.take<std::int64_t>()),
-        max_seqlen_k(a.take<std::int64_t>()),
-        deterministic(a.take<bool>()) {}
+  // Those that most calls have; the others are absent.
+  static Fields common(Arguments& a) {
+    Fields f;
+    f.scale = a.take<std::optional<double>>();
+    f.left = a.take<std::int64_t>();
+    f.right = a.take<std::int64_t>();
+    f.intervals = a.optional_tensor();
+    return f;
+  }
+  static Fields all(Arguments& a) {
+    Fields f = common(a);
+    for (auto* tensor : {&f.bias, &f.sink}) *tensor = a.optional_tensor();
+    f.softcap = a.take<double>();
+    f.chunk = a.take<std::int64_t>();
+    f.dropout_p = a.take<double>();
+    for (auto* tensor : {&f.seed, &f.key_bits, &f.cu_seqlens_q, &f.cu_seqlens_k, &f.start_q,
+                         &f.start_k, &f.seqused_q, &f.seqused_k, &f.page_table})
+      *tensor = a.optional_tensor();
+    f.max_seqlen_q = a.take<std::int64_t>();
+    f.max_seqlen_k = a.take<std::int64_t>();
+    f.deterministic = a.take<bool>();
+    return f;
+  }
 
-  std::optional<Tensor> bias, sink, intervals, key_bits, cu_seqlens_q, cu_seqlens_k, start_q,
-      start_k, seqused_q, seqused_k, page_table, seed;
-  std::int64_t left, right, chunk;
-  double scale, softcap, dropout_p;
-  std::int64_t max_seqlen_q, max_seqlen_k;
-  bool deterministic;
+  std::optional<double> scale;
+  std::int64_t left = -1, right = -1;
+  std::optional<Tensor> intervals, bias, sink;
+  double softcap = 0;
+  std::int64_t chunk = 0;
+  double dropout_p = 0;
+  std::optional<Tensor> seed, key_bits, cu_seqlens_q, cu_seqlens_k, start_q, start_k, seqused_q,
+      seqused_k, page_table;
+  std::int64_t max_seqlen_q = -1, max_seqlen_k = -1;
+  bool deterministic = false;
 };
-constexpr const char* kFields =
-    "Tensor? bias, Tensor? sink, Tensor? intervals, Tensor? key_bits, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? start_q, Tensor? start_k, Tensor? seqused_q, "
-    "Tensor? seqused_k, Tensor? page_table, Tensor? seed, int left, int right, int chunk, "
-    "float scale, float softcap, float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "bool deterministic=False";
+constexpr const char* kCommonFields =
+    "float? scale=None, int left=-1, int right=-1, Tensor? intervals=None";
+constexpr const char* kOtherFields =
+    ", Tensor? bias=None, Tensor? sink=None, float softcap=0.0, int chunk=0, float dropout_p=0.0, "
+    "Tensor? seed=None, Tensor? key_bits=None, Tensor? cu_seqlens_q=None, "
+    "Tensor? cu_seqlens_k=None, Tensor? start_q=None, Tensor? start_k=None, "
+    "Tensor? seqused_q=None, Tensor? seqused_k=None, Tensor? page_table=None, "
+    "SymInt max_seqlen_q=-1, SymInt max_seqlen_k=-1, bool deterministic=False";
 
 // -1 is unbounded; what no int holds is refused with the nearest one.
 int band_limit(std::int64_t limit) {
@@ -122,8 +118,8 @@ class Problem {
     problem_.band = {.left = band_limit(f.left), .right = band_limit(f.right)};
     problem_.band.chunk = static_cast<int>(
         std::clamp<std::int64_t>(f.chunk, std::numeric_limits<int>::min(), kUnbounded));
-    problem_.score = {.scale = static_cast<float>(f.scale),
-                      .softcap = static_cast<float>(f.softcap)};
+    if (f.scale) problem_.score.scale = static_cast<float>(*f.scale);
+    problem_.score.softcap = static_cast<float>(f.softcap);
     problem_.dropout.probability = static_cast<float>(f.dropout_p);
     problem_.sequences.max_seqlen_q = f.max_seqlen_q == -1 ? 0 : f.max_seqlen_q;
     problem_.sequences.max_seqlen_k = f.max_seqlen_k == -1 ? 0 : f.max_seqlen_k;
@@ -162,6 +158,7 @@ class Problem {
   }
 
   void set_intervals(const Fields& f) {
+    if (f.intervals && f.intervals->dim() == 4) return set_mask(f);
     KeyIntervals& at = problem_.intervals;
     const std::int64_t rows = problem_.q.seqlen();
     const auto int32 = dtype_codes().int32;
@@ -178,6 +175,32 @@ class Problem {
       at.bits_batch_stride = key_bits_.batch_stride();
       at.bits_words = key_bits_.extent(1);
     }
+  }
+
+  // Intervals and, in the rows after them, key bits in one tensor, as heed::band_mask makes it.
+  void set_mask(const Fields& f) {
+    const std::int64_t rows = problem_.q.seqlen(), keys = problem_.k.seqlen();
+    mask_ = *f.intervals;
+    check_device("intervals", *mask_, q_);
+    check_dtype("intervals", *mask_, dtype_codes().int32);
+    const Shape shape = shape_of(*mask_);
+    const std::int64_t words = 2 * (shape[2] - rows);
+    if (problem_.q.rank != 4 || problem_.k.rank != 4 || (shape[0] != batch_ && shape[0] != 1) ||
+        shape[1] != 1 || shape[3] != 2 || words < 0 || (words > 0 && 32 * words < keys))
+      raise(invalid("intervals.shape = ", text_of(shape),
+                    " must be [batch or 1, 1, seqlen_q + n, 2], where n is 0 or n rows have a bit "
+                    "for each key; q.shape = ",
+                    text_of(shape_of(q_)), ", k.shape = ", text_of(shape_of(k_))));
+    if (f.key_bits) raise(invalid("key_bits must be None when intervals.rank = 4"));
+    if (mask_->stride(3) != 1 || (shape[2] > 1 && mask_->stride(2) != 2))
+      mask_ = torch::stable::contiguous(*mask_);
+    KeyIntervals& at = problem_.intervals;
+    at.rows = static_cast<const std::int32_t*>(data_of(*mask_));
+    at.rows_batch_stride = shape[0] == 1 ? 0 : mask_->stride(0);
+    if (words == 0) return;
+    at.bits = reinterpret_cast<const std::uint32_t*>(at.rows + 2 * rows);
+    at.bits_batch_stride = at.rows_batch_stride;
+    at.bits_words = words;
   }
 
   void set_bias(const Fields& f) {
@@ -204,35 +227,10 @@ class Problem {
   ForwardProblem problem_;
   std::int64_t batch_ = Array::kAny;
   Tensor q_, k_, v_;
-  std::optional<Tensor> bias_;
+  std::optional<Tensor> bias_, mask_;
   Array sink_, intervals_, key_bits_, cu_seqlens_q_, cu_seqlens_k_, start_q_, start_k_, seqused_q_,
       seqused_k_, page_table_, seed_;
 };
-
-// Where the tensors' device computes; a GPU is the current one as long as this lives.
-struct Target {
-  Device device;
-  Queue queue;
-  std::optional<DeviceGuard> guard{};
-};
-
-void aim_at(Target& target, const Tensor& q) {
-  if (device_type(q) == aoti_torch_device_type_cpu()) {
-    static TorchExecutor executor;
-    static const Result<Device> cpu = Device::cpu();
-    check(cpu.status());
-    target.device = *cpu;
-    target.device.units = executor.concurrency();
-    target.queue = executor;
-    return;
-  }
-  const std::int32_t index = device_index(q);
-  const Result<Device> gpu = Device::cuda(index);
-  check(gpu.status());
-  target.device = *gpu;
-  target.guard.emplace(index);
-  target.queue = current_stream(index);
-}
 
 template <class AnyProblem>
 void plan_and_run(const AnyProblem& problem, const Tensor& q, const Options& options) {
@@ -250,42 +248,61 @@ void plan_and_run(const AnyProblem& problem, const Tensor& q, const Options& opt
   check(run(*chosen, problem, workspace, target.queue));
 }
 
+// out and, if it is wanted, lse.
+std::pair<Tensor, std::optional<Tensor>> attend(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const Fields& fields, bool want_lse) {
+  Problem problem(q, k, v, fields);
+  const auto out_shape = problem.out_shape();
+  const Tensor out = empty({out_shape.data(), problem.rank()}, dtype_code(q), q);
+  problem->out = mutable_view_of("out", out);
+  std::optional<Tensor> lse;
+  if (want_lse) {
+    const auto lse_shape = problem.lse_shape();
+    lse = empty({lse_shape.data(), problem.rank() - 1}, dtype_codes().f32, q);
+    problem->lse = static_cast<float*>(lse->mutable_data_ptr());
+  }
+  plan_and_run(*problem, q, {.deterministic = fields.deterministic});
+  return {out, lse};
+}
+
+template <Fields (*kFields)(Arguments&)>
 void forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Arguments arguments(stack);
   const auto q = arguments.take<Tensor>(), k = arguments.take<Tensor>(),
              v = arguments.take<Tensor>();
-  const Fields fields(arguments);
-
-  Problem problem(q, k, v, fields);
-  const auto out_shape = problem.out_shape();
-  const auto lse_shape = problem.lse_shape();
-  const Tensor out = empty({out_shape.data(), problem.rank()}, dtype_code(q), q);
-  const Tensor lse = empty({lse_shape.data(), problem.rank() - 1}, dtype_codes().f32, q);
-  problem->out = mutable_view_of("out", out);
-  problem->lse = static_cast<float*>(lse.mutable_data_ptr());
-  plan_and_run(*problem, q, {.deterministic = fields.deterministic});
-
+  const bool want_lse = arguments.take<bool>();
+  const auto [out, lse] = attend(q, k, v, kFields(arguments), want_lse);
   stack[0] = torch::stable::detail::from(out);
   stack[1] = torch::stable::detail::from(lse);
 }
 
-// The gradient of an optional argument: f32 while it is computed, its argument's dtype in the end.
+void attention(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  Arguments arguments(stack);
+  const auto q = arguments.take<Tensor>(), k = arguments.take<Tensor>(),
+             v = arguments.take<Tensor>();
+  const auto [out, lse] = attend(q, k, v, Fields::all(arguments), true);
+  stack[0] = torch::stable::detail::from(out);
+  stack[1] = torch::stable::detail::from(*lse);
+}
+
+// The gradient of an optional argument: f32 while it is computed, its argument's dtype in the end;
+// none if it is not wanted.
 class Gradient {
  public:
   Gradient(const std::optional<Tensor>& of, bool wanted, const Tensor& q) {
-    const std::int64_t none = 0;
-    wanted_ = of && wanted && dtype_code(*of) != dtype_codes().boolean;
-    dtype_ = wanted_ ? dtype_code(*of) : dtype_codes().f32;
-    tensor_ = empty(wanted_ ? shape_of(*of) : Shape(&none, 1), dtype_codes().f32, q);
+    if (!of || !wanted || dtype_code(*of) == dtype_codes().boolean) return;
+    dtype_ = dtype_code(*of);
+    tensor_ = empty(shape_of(*of), dtype_codes().f32, q);
   }
 
-  bool wanted() const { return wanted_; }
+  bool wanted() const { return tensor_.has_value(); }
   const Tensor& tensor() const { return *tensor_; }
-  Tensor result() const { return cast(*tensor_, dtype_); }
+  std::optional<Tensor> result() const {
+    return tensor_ ? std::optional(cast(*tensor_, dtype_)) : std::nullopt;
+  }
 
  private:
-  bool wanted_;
-  std::int32_t dtype_;
+  std::int32_t dtype_ = 0;
   std::optional<Tensor> tensor_;
 };
 
@@ -296,7 +313,7 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const auto q = arguments.take<Tensor>(), k = arguments.take<Tensor>(),
              v = arguments.take<Tensor>(), out = arguments.take<Tensor>(),
              lse = arguments.take<Tensor>();
-  const Fields fields(arguments);
+  const Fields fields = Fields::all(arguments);
   const bool want_dbias = arguments.take<bool>(), want_dsink = arguments.take<bool>();
 
   Problem forward_problem(q, k, v, fields);
@@ -341,8 +358,8 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
 }
 
 // For `python -m heed`: "cpu<tab>isa", "gpu<tab>arch<tab>why there is none", then a line
-// "kernel<tab>reason" per row of the table, best first; the reason is empty where the kernel runs on
-// this machine.
+// "kernel<tab>reason" per row of the table, best first; the reason is empty where the kernel runs
+// on this machine.
 void kernels(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const Result<Device> cpu = Device::cpu(), gpu = Device::cuda(0);
   check(cpu.status());
@@ -372,28 +389,47 @@ void kernels(StableIValue* stack, std::uint64_t, std::uint64_t) {
 
 }  // namespace
 
+// forward_band is forward without what few calls have: every argument takes PyTorch 50 to 100 ns,
+// given or not. attention is forward with gradients, which python/heed/ops.py gives it, for
+// tracing.
 STABLE_TORCH_LIBRARY(heed, m) {
-  m.def(concat("forward(Tensor q, Tensor k, Tensor v, ", kFields, ") -> (Tensor out, Tensor lse)")
+  const std::string fields = concat(kCommonFields, kOtherFields);
+  m.def(concat("forward_band(Tensor q, Tensor k, Tensor v, bool want_lse, ", kCommonFields,
+               ") -> (Tensor out, Tensor? lse)")
+            .c_str());
+  m.def(concat("forward(Tensor q, Tensor k, Tensor v, bool want_lse, ", fields,
+               ") -> (Tensor out, Tensor? lse)")
+            .c_str());
+  m.def(concat("attention(Tensor q, Tensor k, Tensor v, ", fields, ") -> (Tensor out, Tensor lse)")
             .c_str());
   m.def(concat("backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
                "Tensor lse, ",
-               kFields,
+               fields,
                ", bool want_dbias=True, bool want_dsink=True) -> "
-               "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
+               "(Tensor dq, Tensor dk, Tensor dv, Tensor? dbias, Tensor? dsink)")
             .c_str());
+  m.def(kBandMaskSchema);
   m.def("kernels() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heed, CPU, m) {
-  m.impl("forward", &forward);
+  m.impl("forward_band", &forward<Fields::common>);
+  m.impl("forward", &forward<Fields::all>);
+  m.impl("attention", &attention);
   m.impl("backward", &backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heed, CUDA, m) {
-  m.impl("forward", &forward);
+  m.impl("forward_band", &forward<Fields::common>);
+  m.impl("forward", &forward<Fields::all>);
+  m.impl("attention", &attention);
   m.impl("backward", &backward);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(heed, CompositeExplicitAutograd, m) { m.impl("kernels", &kernels); }
+// These may have no tensor among their arguments.
+STABLE_TORCH_LIBRARY_IMPL(heed, CompositeExplicitAutograd, m) {
+  m.impl("band_mask", &band_mask);
+  m.impl("kernels", &kernels);
+}
 
 }  // namespace heed::operators

@@ -37,15 +37,6 @@ std::string in_operator_names(std::string text) {
   return text;
 }
 
-std::string text_of(Shape shape) {
-  std::string text = "[";
-  for (const std::int64_t extent : shape) {
-    if (text.size() > 1) text += ", ";
-    text += extent == Array::kAny ? "any" : std::to_string(extent);
-  }
-  return text + "]";
-}
-
 std::string dtype_name(std::int32_t code) {
   const DTypeCodes& codes = dtype_codes();
   const std::array<std::pair<std::int32_t, const char*>, 11> names{{
@@ -102,6 +93,15 @@ void raise(const Status& status) {
   throw std::runtime_error("heed: " + text);
 }
 
+std::string text_of(Shape shape) {
+  std::string text = "[";
+  for (const std::int64_t extent : shape) {
+    if (text.size() > 1) text += ", ";
+    text += extent == Array::kAny ? "any" : std::to_string(extent);
+  }
+  return text + "]";
+}
+
 const DTypeCodes& dtype_codes() {
   static const DTypeCodes codes{aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                 aoti_torch_dtype_float16(), aoti_torch_dtype_float64(),
@@ -133,7 +133,9 @@ std::int32_t device_index(const Tensor& tensor) {
   return index;
 }
 
-Tensor empty(Shape shape, std::int32_t dtype, const Tensor& like) {
+namespace {
+
+Tensor empty(Shape shape, std::int32_t dtype, std::int32_t type, std::int32_t index) {
   std::array<std::int64_t, 4> strides{};
   std::int64_t stride = 1;
   for (std::size_t d = shape.size(); d-- > 0;) {
@@ -142,9 +144,20 @@ Tensor empty(Shape shape, std::int32_t dtype, const Tensor& like) {
   }
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(shape.size()),
-                                                  shape.data(), strides.data(), dtype,
-                                                  device_type(like), device_index(like), &handle));
+                                                  shape.data(), strides.data(), dtype, type, index,
+                                                  &handle));
   return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor empty(Shape shape, std::int32_t dtype, const Tensor& like) {
+  return empty(shape, dtype, device_type(like), device_index(like));
+}
+
+Tensor empty(Shape shape, std::int32_t dtype, const torch::stable::Device& device) {
+  const auto type = torch::stable::detail::from(device.type());
+  return empty(shape, dtype, torch::stable::detail::to<std::int32_t>(type), device.index());
 }
 
 Tensor cast(const Tensor& tensor, std::int32_t dtype) {
@@ -159,11 +172,23 @@ Tensor with_unit_stride(const Tensor& tensor) {
   return torch::stable::contiguous(tensor);
 }
 
-void check_device(const char* name, const Tensor& tensor, const Tensor& q) {
+void check_device(const char* name, const Tensor& tensor, const char* where, const Tensor& other) {
   const std::int32_t type = device_type(tensor), index = device_index(tensor);
-  if (type == device_type(q) && index == device_index(q)) return;
-  raise(invalid(name, ".device = ", device_name(type, index),
-                " must be q.device = ", device_name(device_type(q), device_index(q))));
+  if (type == device_type(other) && index == device_index(other)) return;
+  raise(invalid(name, ".device = ", device_name(type, index), " must be ", where, " = ",
+                device_name(device_type(other), device_index(other))));
+}
+
+void check_dtype(const char* name, const Tensor& tensor, std::int32_t dtype) {
+  const std::int32_t code = dtype_code(tensor);
+  if (code != dtype)
+    raise(invalid(name, ".dtype = ", dtype_name(code), " must be ", dtype_name(dtype)));
+}
+
+const void* data_of(const Tensor& tensor) {
+  alignas(64) static constexpr std::byte kNothing[64]{};
+  const void* data = tensor.const_data_ptr();
+  return data != nullptr ? data : kNothing;
 }
 
 ConstTensorView view_of(const char* name, const Tensor& tensor) {
@@ -194,9 +219,7 @@ Array::Array(const char* name, const std::optional<Tensor>& tensor, const Tensor
              std::initializer_list<std::initializer_list<std::int64_t>> shapes) {
   if (!tensor) return;
   check_device(name, *tensor, q);
-  if (dtype_code(*tensor) != dtype)
-    raise(invalid(name, ".dtype = ", dtype_name(dtype_code(*tensor)), " must be ",
-                  dtype_name(dtype)));
+  check_dtype(name, *tensor, dtype);
   const Shape shape = shape_of(*tensor);
   if (std::ranges::none_of(shapes, [&](const auto& wanted) { return fits(shape, wanted); }))
     raise(invalid(name, ".shape = ", text_of(shape), " must be ", meaning, " = ",
@@ -209,13 +232,6 @@ std::int64_t Array::batch_stride() const {
   std::int64_t stride = 1;
   for (const std::int64_t extent : shape.subspan(1)) stride *= extent;
   return shape[0] == 1 ? 0 : stride;
-}
-
-const void* Array::address() const {
-  alignas(64) static constexpr std::byte kNothing[64]{};
-  if (!tensor_) return nullptr;
-  const void* data = tensor_->const_data_ptr();
-  return data != nullptr ? data : kNothing;
 }
 
 }  // namespace heed::operators

@@ -2,6 +2,7 @@
 // foreign dtypes, and the shapes of index arrays.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -36,14 +37,24 @@ std::int32_t dtype_code(const Tensor& tensor);
 std::int32_t device_type(const Tensor& tensor);
 std::int32_t device_index(const Tensor& tensor);
 
-// An uninitialised row-major tensor on the device of `like`.
+std::string text_of(Shape shape);
+
+// An uninitialised row-major tensor, on the device of `like`.
 Tensor empty(Shape shape, std::int32_t dtype, const Tensor& like);
+Tensor empty(Shape shape, std::int32_t dtype, const torch::stable::Device& device);
 Tensor cast(const Tensor& tensor, std::int32_t dtype);
 // The tensor, or a row-major copy of it where its last stride is not 1.
 Tensor with_unit_stride(const Tensor& tensor);
 
-// Refused unless `tensor` is on the device of q.
-void check_device(const char* name, const Tensor& tensor, const Tensor& q);
+// Refused unless `tensor` is on the device of `other`, whose name is `where`.
+void check_device(const char* name, const Tensor& tensor, const char* where, const Tensor& other);
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& q) {
+  check_device(name, tensor, "q.device", q);
+}
+void check_dtype(const char* name, const Tensor& tensor, std::int32_t dtype);
+
+// Never null: a tensor without elements has an address too.
+const void* data_of(const Tensor& tensor);
 
 // Views of a tensor of any float dtype or bool; the tensor must outlive them.
 ConstTensorView view_of(const char* name, const Tensor& tensor);
@@ -61,18 +72,16 @@ class Array {
         const char* meaning, std::initializer_list<std::initializer_list<std::int64_t>> shapes);
 
   explicit operator bool() const { return tensor_.has_value(); }
-  // Null only without a tensor: an array without elements is still given.
+  // Null only without a tensor.
   template <class T>
   const T* data() const {
-    return static_cast<const T*>(address());
+    return tensor_ ? static_cast<const T*>(data_of(*tensor_)) : nullptr;
   }
   std::int64_t extent(std::size_t axis) const { return shape_of(*tensor_)[axis]; }
   // Elements from one entry of axis 0 to the next; 0 where there is one entry, which all share.
   std::int64_t batch_stride() const;
 
  private:
-  const void* address() const;
-
   std::optional<Tensor> tensor_;
 };
 

@@ -35,7 +35,7 @@ void for_every_kernel(const std::vector<Shape>& shapes, const Override& change,
     for (const DType dtype : kDTypes) {
       Problem problem(shape, dtype, 3, Poison::nan, change);
       const std::vector<double> wanted = prepare(problem);
-      for (const KernelRow* row : runnable_rows(dtype)) {
+      for (const KernelRow* row : distinct_rows(dtype)) {
         SCOPED_TRACE(label(*row, shape, 3));
         if (!run_checked(*row, problem)) continue;
         body(*row, problem, wanted);
@@ -230,7 +230,7 @@ TEST(Exact, NanReachesWhatSeesItAndNothingElse) {
                             at.token == (where == Input::q ? kNanRow : kNanToken);
           return here ? NAN : x;
         });
-        for (const KernelRow* row : runnable_rows(dtype)) {
+        for (const KernelRow* row : distinct_rows(dtype)) {
           if (!run_checked(*row, clean)) continue;
           run_checked(*row, planted);
           SCOPED_TRACE(label(*row, shape, 3));
@@ -267,7 +267,7 @@ TEST(Exact, NanReachesWhatSeesItAndNothingElse) {
 void expect_same_bits(const Shape& a, const Shape& b) {
   for (const DType dtype : kDTypes) {
     Problem first(a, dtype, 5), second(b, dtype, 5);
-    for (const KernelRow* row : runnable_rows(dtype)) {
+    for (const KernelRow* row : distinct_rows(dtype)) {
       if (!run_checked(*row, first) || !run_checked(*row, second)) continue;
       std::vector<double> x = outputs_of(*row, first), y = outputs_of(*row, second);
       if (row->pass == Pass::backward && (a.sinks != Sinks::none) != (b.sinks != Sinks::none))
@@ -322,7 +322,7 @@ TEST(Same, GroupedHeadsEqualRepeatedKeys) {
                     at.entry * t.stride[0] + at.token * t.stride[1] +
                         at.head / group * t.stride[2] + at.channel);
       });
-      for (const KernelRow* row : runnable_rows(dtype)) {
+      for (const KernelRow* row : distinct_rows(dtype)) {
         if (row->pass == Pass::decode) continue;  // packs the rows of a group into one tile
         run_checked(*row, a);
         run_checked(*row, b);
@@ -361,7 +361,7 @@ TEST(Sensitivity, EveryArgumentMatters) {
         Shape shape = base(queries, 60);
         change(shape);
         Problem changed(shape, dtype, 5);
-        for (const KernelRow* row : runnable_rows(dtype)) {
+        for (const KernelRow* row : distinct_rows(dtype)) {
           if (row->pass != Pass::backward && std::string(name) == "dlse") continue;
           if (!run_checked(*row, plain)) continue;
           // A GPU has kernels of its own for softcap, bias and dropout.

@@ -1,6 +1,8 @@
 // Every kernel of the table on the chosen shapes against the oracle.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <set>
 
@@ -16,8 +18,12 @@ class Decode : public testing::TestWithParam<Shape> {};
 std::string test_name(const testing::TestParamInfo<Shape>& info) { return info.param.name; }
 
 TEST_P(Curated, EveryKernelMatchesTheOracle) {
-  const int ran = check_shape(GetParam(), 1);
-  EXPECT_GT(ran, 0);
+  const Shape& shape = GetParam();
+  const int ran = check_shape(shape, 1);
+  const bool wide = std::max(shape.head_dim, shape.dim_v()) > 256;  // CPU kernels only
+  if (!wide || std::getenv("HEED_TEST_ROWS") == nullptr) {
+    EXPECT_GT(ran, 0);
+  }
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, Curated, testing::ValuesIn(curated_shapes()), test_name);
 
@@ -56,6 +62,7 @@ TEST(Sweep, LengthsAroundEveryTileSize) {
       shape.head_dim = 8;
       shape.band = (queries + keys) % 2 == 0 ? kCausal : kFull;
       shape.inputs = queries % 3 == 0 ? Inputs::planted_max : Inputs::gaussian;
+      options.max_head_dim = 64;  // of a GPU's kernels: they differ in nothing that lengths reach
       check_shape(shape, 1, options);
       if (HasFailure()) return;
     }
@@ -64,14 +71,16 @@ TEST(Sweep, LengthsAroundEveryTileSize) {
 // A kernel that no shape reaches would pass everything.
 TEST(Coverage, EveryRowServesManyShapes) {
   std::map<const KernelRow*, int> served;
-  for (const auto* shapes : {&curated_shapes(), &decode_shapes()})
+  for (const auto* shapes : {&curated_shapes(), &decode_shapes(), &larger_shapes()})
     for (const Shape& shape : *shapes)
       for (const DType dtype : kDTypes) {
         const Problem problem(shape, dtype, 1);
         for (const KernelRow* row : runnable_rows(dtype))
           served[row] += serves(*row, problem) ? 1 : 0;
       }
-  for (const KernelRow* row : runnable_rows()) EXPECT_GE(served[row], 20) << name_of(*row);
+  // Few shapes are softcapped; a GPU has kernels of its own for them.
+  for (const KernelRow* row : runnable_rows())
+    EXPECT_GE(served[row], row->score == ScoreKind::softcap ? 2 : 20) << name_of(*row);
 }
 
 TEST(Coverage, NamesAreUnique) {

@@ -44,9 +44,11 @@ TEST(Repeat, SplitKeysMergeWithinTheRule) {
         if (row->pass != Pass::decode) continue;
         const std::string name = name_of(*row);
         Problem p(shape, row->dtype, 6);
+        if (!serves(*row, p)) continue;
         const ForwardOracle expected = oracle(p.forward, rounding_of(*row));
         for (const int splits : {1, 2, 3, 4}) {
-          const Result<Plan> made = plan(p.forward, {.arch = row->arch, .units = 2},
+          const Result<Plan> made = plan(p.forward,
+                                         {.arch = row->arch, .units = 2, .smem_bytes = row->smem_bytes},
                                          {.splits = splits, .force = name.c_str()});
           ASSERT_TRUE(made.ok()) << made.status().message();
           EXPECT_EQ(made->splits, splits) << name;  // else the test proves nothing
@@ -114,7 +116,7 @@ TEST(Repeat, ChunkedPrefillEqualsOneShot) {
   for (const KernelRow* row : runnable_rows()) {
     if (row->pass != Pass::forward) continue;
     Problem once(whole, row->dtype, 8);
-    run_checked(*row, once);
+    if (!run_checked(*row, once)) continue;
     const std::vector<double> want = once.tokens(once.forward.out, once.q_slices);
     int done = 0;
     for (const int chunk : {64, 1, 50, 35}) {
@@ -130,10 +132,16 @@ TEST(Repeat, ChunkedPrefillEqualsOneShot) {
       });
       run_checked(*row, p);
       const std::vector<double> got = p.tokens(p.forward.out, p.q_slices);
+      done += chunk;
+      if (row->arch >= Arch::sm80) {  // a warp rescales its rows together: their bits depend on them
+        const ForwardOracle expected = oracle(p.forward, rounding_of(*row));
+        EXPECT_EQ(compare("out", p.forward.out, expected.out, values(p.forward.out), {}).failure, "")
+            << name_of(*row) << " rows " << first << " to " << done;
+        continue;
+      }
       const auto begin = want.begin() + first * 2 * 32;
       EXPECT_EQ(difference({begin, begin + chunk * 2 * 32}, got), "")
-          << name_of(*row) << " rows " << first << " to " << first + chunk;
-      done += chunk;
+          << name_of(*row) << " rows " << first << " to " << done;
     }
   }
 }

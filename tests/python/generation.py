@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+
+import pytest
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 STEPS = 20
+
+
+def skip_impossible(name: str, cache: str) -> None:
+    """Some releases, 5.17 among them, call a function with an argument that it does not take."""
+    if name != "llama4_text" or cache != "static":
+        return
+    caller = inspect.signature(masking_utils.create_masks_for_generate).parameters
+    called = inspect.signature(masking_utils.create_chunked_causal_mask).parameters
+    if "block_sequence_ids" in caller and "block_sequence_ids" not in called:
+        pytest.skip("this Transformers makes no chunked mask for a static cache: TypeError")
 
 
 def cast(inputs: dict, dtype: torch.dtype) -> dict:

@@ -43,6 +43,8 @@ def padding_mask(padding: str, batch: int = BATCH, seqlen: int = SEQLEN) -> Tens
     elif padding == "holes":
         mask[0, 1::4] = 0
         mask[0, seqlen // 2 : seqlen // 2 + 3] = 0
+    elif padding == "all":
+        mask[0] = 0
     return mask.to(DEVICE)
 
 

@@ -175,6 +175,32 @@ def test_all_threads_give_the_same_bits() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("bit_rows", [0, 1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "strided"])
+def test_intervals_and_bits_in_one_tensor(layout: str, batch: int, bit_rows: int) -> None:
+    q, k, v = randn(2, 5, 4, 8), randn(2, 60, 2, 8), randn(2, 60, 2, 8)
+    first = torch.randint(0, 20, (batch, 5, 1))
+    rows = torch.cat((first, first + torch.randint(0, 50, (batch, 5, 1))), 2).int()
+    bits = torch.randint(-(2**31), 2**31, (batch, bit_rows, 2)).int()
+    mask = torch.cat((rows, bits), 1)[:, None].to(DEVICE)
+    options = {"intervals": mask[:, 0, :5]}
+    if bit_rows:
+        options["key_bits"] = mask[:, 0, 5:].flatten(1)
+    if layout == "expanded":
+        mask = mask[:1].expand(2, -1, -1, -1)
+        options = {name: x[:1] for name, x in options.items()}
+    elif layout == "strided":
+        mask = torch.stack((mask, mask), -1)[..., 0]
+    case = Case(q, k, v, options)
+    whole = Case(q, k, v, {"intervals": mask})
+    for a, b in zip(run(with_lse, case), run(with_lse, whole), strict=True):
+        assert torch.equal(a, b)
+    expected = losses_gradients(with_lse, case)
+    for name, gradient in losses_gradients(with_lse, whole).items():
+        assert_close(name, gradient, expected[name], SAME_SUM)
+
+
 # ---- every option is honoured ----
 
 CHANGES = {
@@ -412,7 +438,7 @@ def test_autocast() -> None:
 
 
 def op_arguments(case: Case, requires_grad: bool) -> list:
-    names = [argument.name for argument in ops.forward._schema.arguments]
+    names = ("q", "k", "v", *ops.FIELDS)
     options = {
         "q": case.q,
         "k": case.k,
@@ -446,9 +472,14 @@ OPCHECKED = ["causal", "sink", "bias", "bias_in_bf16", "mask", "packed_causal", 
 def test_opcheck_forward(name: str) -> None:
     case = CASES[name]().to(DTYPE)
     case = Case(*(t.nan_to_num() for t in (case.q, case.k, case.v)), case.options)
-    opcheck(ops.forward, op_arguments(case, requires_grad=True))
+    opcheck(ops.traced, op_arguments(case, requires_grad=True))
+    q, k, v, *fields = op_arguments(case, requires_grad=False)
     with torch.no_grad():
-        opcheck(ops.forward, op_arguments(case, requires_grad=False))
+        opcheck(ops.traced, [q, k, v, *fields])
+        for want_lse in (False, True):
+            opcheck(ops.forward, [q, k, v, want_lse, *fields])
+        if name in ("causal", "intervals"):
+            opcheck(ops.forward_band, [q, k, v, True, *fields[:4]])
 
 
 @pytest.mark.parametrize("name", OPCHECKED)
@@ -456,7 +487,7 @@ def test_opcheck_backward(name: str) -> None:
     case = CASES[name]().to(DTYPE)
     case = Case(*(t.nan_to_num() for t in (case.q, case.k, case.v)), case.options)
     q, k, v, *fields = op_arguments(case, requires_grad=False)
-    out, lse = ops.forward(q, k, v, *fields)
+    out, lse = ops.forward(q, k, v, True, *fields)
     arguments = [torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *fields]
     opcheck(ops.backward, arguments)
     opcheck(ops.backward, [arguments[0], None, *arguments[2:], False, False])

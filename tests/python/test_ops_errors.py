@@ -118,6 +118,28 @@ INVALID = {
         {"intervals": torch.zeros(2, 9, 2).int()},
         r"intervals\.shape = \[2, 9, 2\] must be \[batch or 1, seqlen_q, 2\] = \[2, 5, 2\]",
     ),
+    "mask shape": (
+        {"intervals": torch.zeros(2, 1, 5, 3).int()},
+        r"intervals\.shape = \[2, 1, 5, 3\] must be \[batch or 1, 1, seqlen_q \+ n, 2\], where n "
+        r"is 0 or n rows have a bit for each key; q\.shape = \[2, 5, 4, 8\], k\.shape = .*",
+    ),
+    "mask batch": (
+        {"intervals": torch.zeros(3, 1, 5, 2).int()},
+        r"intervals\.shape = \[3, 1, 5, 2\] must be \[batch or 1, 1, seqlen_q \+ n, 2\], .*",
+    ),
+    "mask rows": (
+        {"intervals": torch.zeros(2, 1, 4, 2).int()},
+        r"intervals\.shape = \[2, 1, 4, 2\] must be \[batch or 1, 1, seqlen_q \+ n, 2\], .*",
+    ),
+    "mask bits": (
+        {"intervals": torch.zeros(2, 1, 6, 2).int(), "k": dense(2, 65, 2, 8)},
+        r"intervals\.shape = \[2, 1, 6, 2\] must be \[batch or 1, 1, seqlen_q \+ n, 2\], .*",
+    ),
+    "mask dtype": ({"intervals": torch.zeros(2, 1, 5, 2)}, r"intervals\.dtype = f32 must be int32"),
+    "mask and key_bits": (
+        {"intervals": torch.zeros(2, 1, 5, 2).int(), "key_bits": torch.zeros(2, 1).int()},
+        r"key_bits must be None when intervals\.rank = 4",
+    ),
     "key_bits shape": (
         {"key_bits": torch.zeros(3, 1).int()},
         r"key_bits\.shape = \[3, 1\] must be \[batch or 1, words\] = \[2, any\]",
@@ -248,7 +270,7 @@ def test_errors_of_the_operator_itself() -> None:
     """Compiled code and direct callers get the same sentence as a RuntimeError."""
     q = dense()
     with pytest.raises(RuntimeError, match="heed: invalid: scale = nan must be finite"):
-        ops.forward(q, q, q, *[None] * 12, -1, -1, 0, float("nan"), 0.0, 0.0, -1, -1)
+        ops.forward(q, q, q, True, float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -262,11 +284,10 @@ def test_errors_of_the_operator_itself() -> None:
 )
 def test_backward_checks_its_own_tensors(name: str, bad: Tensor) -> None:
     q = dense()
-    fields = [*[None] * 12, -1, -1, 0, 1.0, 0.0, 0.0, -1, -1]
-    out, lse = ops.forward(q, q, q, *fields)
+    out, lse = ops.forward(q, q, q, True, 1.0)
     tensors = {"dout": out, "dlse": lse, "q": q, "k": q, "v": q, "out": out, "lse": lse}
     with pytest.raises(RuntimeError, match=f"heed: invalid: {name}\\."):
-        ops.backward(*(tensors | {name: bad}).values(), *fields)
+        ops.backward(*(tensors | {name: bad}).values(), 1.0)
 
 
 def test_more_elements_than_an_int32_counts() -> None:

@@ -18,7 +18,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 import heed.transformers
 from device import DEVICE, DTYPE, EXACT, cpu_only, moved, randn
-from generation import assert_same_tokens, cast, greedy
+from generation import assert_same_tokens, cast, greedy, skip_impossible
 from models import BATCH, MODELS, SEQLEN, available, build, padding_mask, tokens
 
 NEW_SIGNATURE = Version(transformers.__version__) >= Version("5.4.0")
@@ -228,6 +228,98 @@ def test_intervals_say_what_sdpa_sees(name, padding):
         assert torch.equal(visible(mask, sdpa.shape[2], sdpa.shape[3]), sdpa)
 
 
+def bands() -> dict:
+    """Every tree that is a band, and intersections that Transformers does not compose."""
+    parts, known = transformers.masking_utils, trees()
+    both, window = parts.and_masks, parts.sliding_window_overlay
+    names = ("causal", "window", "bidirectional", "two-sided window", "chunks")
+    result = {name: known[name] for name in names if name in known}
+    result["two windows"] = both(both(window(9), parts.causal_mask_function), window(4))
+    result["window, chunks"] = both(window(3), known["chunks"])
+    if "two-sided window" in known:
+        result["two-sided window, causal"] = both(known["two-sided window"], known["causal"])
+    if NEW_SIGNATURE:
+        starts = torch.tensor([3, 0], dtype=torch.int32, device=DEVICE)
+        result["only chunks"] = parts.chunked_overlay(7, starts)
+    return result
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "holes", "all"])
+@pytest.mark.parametrize("name", bands())
+def test_one_operation_makes_the_mask_of_a_band(name, padding, monkeypatch):
+    """Value by value what the tensor operations make."""
+    made = []
+
+    def band_mask(*arguments):
+        made.append(arguments)
+        return make_band_mask(*arguments)
+
+    make_band_mask = heed.ops.make_band_mask
+    monkeypatch.setattr(heed.ops, "make_band_mask", band_mask)
+    offset = torch.tensor(9)
+    for dtype in (torch.bool, torch.int64, torch.uint8, torch.float32):
+        for shape in (
+            {},
+            {"q_length": 1, "q_offset": 23},
+            {"q_length": 5, "q_offset": 19},
+            {"q_length": 0},
+            {"q_length": 1, "q_offset": 20, "kv_length": 8, "kv_offset": 13},
+            {"q_length": 3, "q_offset": 21, "kv_length": 8, "kv_offset": 30},
+            {"q_length": 7, "q_offset": offset, "kv_length": 40},
+            {"q_length": 1, "q_offset": offset, "kv_length": 130},
+            {"q_length": 70, "q_offset": offset, "kv_length": 64, "kv_offset": 2},
+            {"q_length": 3, "q_offset": torch.tensor([9]), "kv_length": 33},
+        ):
+            call = mask_call(bands()[name], padding, **shape) | {"allow_is_causal_skip": True}
+            if call["attention_mask"] is not None:
+                call["attention_mask"] = call["attention_mask"].to(dtype)
+            with monkeypatch.context() as patch:
+                patch.setattr(heed._masks, "read_band", lambda function: None)
+                expected = heed.transformers.key_interval_mask(**call)
+            assert not made
+            mask = heed.transformers.key_interval_mask(**call)
+            if expected is None:
+                assert mask is None and padding == "none"
+                continue
+            assert mask.dtype == torch.int32 and torch.equal(mask, expected)
+            assert made.pop() and mask.is_contiguous()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_mask_of_a_band_compiled(padding):
+    """One graph for all positions of a static cache, and one for all lengths of a dynamic one."""
+    if not NEW_SIGNATURE:
+        pytest.skip("older releases of Transformers pass the positions as a tensor")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def make(padding_mask, **arguments):
+        call = arguments | {"attention_mask": padding_mask, "mask_function": tree}
+        return heed.transformers.key_interval_mask(**call)
+
+    tree = trees()["window"]
+    for cache in ("static", "dynamic"):
+        for index, at in enumerate((7, 12, 19)):
+            offset = torch.tensor(at, device=DEVICE) if cache == "static" else at
+            length = 24 if cache == "static" else at + 2
+            call = mask_call(tree, padding, q_length=2, q_offset=offset, kv_length=length)
+            expected = heed.transformers.key_interval_mask(**call)
+            del call["mask_function"]
+            with torch._dynamo.config.patch(error_on_recompile=index > 1):
+                assert torch.equal(make(call.pop("attention_mask"), **call), expected)
+
+
+def test_operator_of_bands():
+    mask = padding_mask("left")
+    start = torch.tensor([3, 0], device=DEVICE)
+    for arguments in (
+        (mask.bool(), None, None, BATCH, SEQLEN, 0, SEQLEN, 0, -1, 0, 0, mask.device),
+        (mask, start[0], start, BATCH, 5, 0, 40, 8, 4, -1, 7, mask.device),
+        (None, start[:1], None, BATCH, 5, 0, 40, 0, 4, 4, 0, mask.device),
+    ):
+        torch.library.opcheck(heed.ops.band_mask, arguments)
+
+
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", trees())
 def test_no_value_reaches_the_host(name, padding):
@@ -251,6 +343,7 @@ def test_no_value_reaches_the_host(name, padding):
 def test_greedy_generation(name, padding, cache, calls):
     """Layers with a window have a sliding cache of 6 tokens, dynamic or static."""
     tiny = available(name)
+    skip_impossible(name, cache)
     arguments = {"disable_compile": True}
     arguments |= {} if cache == "dynamic" else {"cache_implementation": "static"}
     results = [greedy(build(tiny, a), tiny.inputs(padding), **arguments) for a in ("heed", "eager")]

@@ -14,6 +14,7 @@ struct CheckOptions {
   std::vector<DType> dtypes{DType::f32, DType::bf16, DType::f16, DType::f64};
   bool compare_naive = true;
   bool gpu_only = false;
+  int max_head_dim = 256;  // GPU kernels made for more are left out
   RunOptions run;
 };
 

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,11 +22,13 @@ inline void must(cudaError_t error, const char* what) {
   std::abort();
 }
 
-// Device memory that is handed out from the front and taken back all at once. HEED_TEST_MALLOC=1:
-// every piece is an allocation of its own, so that compute-sanitizer sees its ends.
+// Device memory that is handed out from the front and taken back all at once, with an image of it in
+// the host's memory: one copy brings all pieces over. HEED_TEST_MALLOC=1: every piece is an
+// allocation of its own, so that compute-sanitizer sees its ends.
 class Arena {
  public:
   static constexpr std::size_t kGuard = 256;
+  static constexpr std::byte kCanary{0xC5};
   explicit Arena(std::size_t bytes)
       : size_(bytes), apart_(std::getenv("HEED_TEST_MALLOC") != nullptr) {
     if (!apart_) must(cudaMalloc(&base_, bytes), "cudaMalloc");
@@ -37,28 +40,63 @@ class Arena {
   void reset() {
     for (void* p : pieces_) cudaFree(p);
     pieces_.clear();
+    image_.clear();
     used_ = 0;
   }
-  // Base is `phase` past a multiple of 256 bytes.
-  std::byte* take(std::size_t bytes, std::size_t phase) {
+  // Memory of these contents; its base is `phase` past a multiple of 256 bytes.
+  std::byte* take(const std::vector<std::byte>& contents, std::size_t phase) {
     if (apart_) {
       void* p = nullptr;
-      must(cudaMalloc(&p, bytes + phase + 1), "cudaMalloc");
+      must(cudaMalloc(&p, contents.size() + phase + 1), "cudaMalloc");
       pieces_.push_back(p);
-      return static_cast<std::byte*>(p) + phase;
+      std::byte* at = static_cast<std::byte*>(p) + phase;
+      must(cudaMemcpy(at, contents.data(), contents.size(), cudaMemcpyHostToDevice), "upload");
+      return at;
     }
     const std::size_t at = used_ + kGuard + phase;
-    used_ = (at + bytes + 2 * kGuard) / 256 * 256;
+    used_ = (at + contents.size() + 2 * kGuard) / 256 * 256;
     if (used_ > size_) std::abort();
+    image_.resize(used_, kCanary);
+    std::copy(contents.begin(), contents.end(), image_.begin() + static_cast<std::ptrdiff_t>(at));
     return static_cast<std::byte*>(base_) + at;
   }
-  bool guarded() const { return !apart_; }
+  void send(cudaStream_t stream) const {
+    if (image_.empty()) return;
+    must(cudaMemcpyAsync(base_, image_.data(), image_.size(), cudaMemcpyHostToDevice, stream),
+         "upload");
+    must(cudaStreamSynchronize(stream), "synchronise");
+  }
+  // Brings everything back. read() and guards_hold() are about that.
+  void receive(cudaStream_t stream) {
+    must(cudaStreamSynchronize(stream), "synchronise");
+    now_.resize(image_.size());
+    if (image_.empty()) return;
+    must(cudaMemcpyAsync(now_.data(), base_, now_.size(), cudaMemcpyDeviceToHost, stream),
+         "copy back");
+    must(cudaStreamSynchronize(stream), "synchronise");
+  }
+  void read(void* to, const std::byte* from, std::size_t bytes) const {
+    if (bytes == 0) return;
+    if (apart_)
+      must(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "copy back");
+    else
+      std::memcpy(to, now_.data() + (from - static_cast<const std::byte*>(base_)), bytes);
+  }
+  // Whether nothing was written just before and after a piece.
+  bool guards_hold(const std::byte* piece, std::size_t bytes) const {
+    if (apart_) return true;
+    const std::byte* at = now_.data() + (piece - static_cast<const std::byte*>(base_));
+    return std::all_of(at - kGuard / 2, at, [](std::byte b) { return b == kCanary; }) &&
+           std::all_of(at + bytes, at + bytes + kGuard / 2,
+                       [](std::byte b) { return b == kCanary; });
+  }
 
  private:
   void* base_ = nullptr;
   std::size_t size_, used_ = 0;
   bool apart_;
   std::vector<void*> pieces_;
+  std::vector<std::byte> image_, now_;
 };
 
 // One piece of device memory with its host image.
@@ -71,8 +109,8 @@ class DeviceProblem {
  public:
   // `aligned`: tensors in strides that are multiples of 8 elements and bases of 16 bytes, else as
   // the host's.
-  DeviceProblem(Problem& host, Arena& arena, bool aligned, cudaStream_t stream)
-      : host_(host), arena_(arena), aligned_(aligned), stream_(stream), backward(host.backward) {
+  DeviceProblem(Problem& host, Arena& arena, bool aligned)
+      : host_(host), arena_(arena), aligned_(aligned), backward(host.backward) {
     ForwardProblem& f = backward.forward;
     const auto entries = static_cast<std::size_t>(batch_entries(f));
     move(f.q);
@@ -121,13 +159,13 @@ class DeviceProblem {
     return {piece.device, bytes};
   }
 
-  // Brings results to the host's tensors. Returns what was touched that must not be; empty:
-  // nothing.
+  // Brings results to the host's tensors, after Arena::receive(). Returns what was touched that must
+  // not be; empty: nothing.
   std::string fetch() {
     std::string damage;
     for (Output& o : outputs_) {
       std::vector<std::byte> now(o.piece.image.size());
-      copy_back(now.data(), o.piece.device, now.size());
+      arena_.read(now.data(), o.piece.device, now.size());
       std::vector<bool> element(now.size(), false);
       const std::size_t size = size_of(o.host.dtype);
       each(o.host, o.device, [&](std::int64_t to, std::int64_t from) {
@@ -140,17 +178,10 @@ class DeviceProblem {
         if (!element[i] && now[i] != o.piece.image[i])
           damage = "wrote between the elements of an output";
     }
-    if (lse_host_ != nullptr) copy_back(lse_host_, lse_.device, rows_ * sizeof(float));
-    if (dsink_host_ != nullptr) copy_back(dsink_host_, dsink_.device, dsink_.image.size());
-    if (arena_.guarded())
-      for (const Piece& piece : pieces_) {
-        std::byte guard[2][64];
-        copy_back(guard[0], piece.device - 64, 64);
-        copy_back(guard[1], piece.device + piece.image.size(), 64);
-        for (const auto& side : guard)
-          for (const std::byte b : side)
-            if (b != std::byte{0xC5}) damage = "wrote outside a buffer";
-      }
+    if (lse_host_ != nullptr) arena_.read(lse_host_, lse_.device, rows_ * sizeof(float));
+    if (dsink_host_ != nullptr) arena_.read(dsink_host_, dsink_.device, dsink_.image.size());
+    for (const Piece& piece : pieces_)
+      if (!arena_.guards_hold(piece.device, piece.image.size())) damage = "wrote outside a buffer";
     return damage;
   }
 
@@ -163,31 +194,13 @@ class DeviceProblem {
   Problem& host_;
   Arena& arena_;
   bool aligned_;
-  cudaStream_t stream_;
   std::vector<Output> outputs_;
   std::vector<Piece> pieces_;
   Piece lse_, dsink_;
   float *lse_host_ = nullptr, *dsink_host_ = nullptr;
   std::size_t rows_ = 0;
 
-  void copy_back(void* to, const void* from, std::size_t bytes) {
-    if (bytes == 0) return;
-    must(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "copy back");
-    must(cudaStreamSynchronize(stream_), "synchronise");
-  }
-
-  void upload(Piece& piece, std::size_t phase) {
-    piece.device = arena_.take(piece.image.size(), phase);
-    std::vector<std::byte> all(piece.image.size() + (arena_.guarded() ? 128 : 0), std::byte{0xC5});
-    const std::size_t before = arena_.guarded() ? 64 : 0;
-    if (!piece.image.empty())
-      std::memcpy(all.data() + before, piece.image.data(), piece.image.size());
-    if (all.empty()) return;
-    must(cudaMemcpyAsync(piece.device - before, all.data(), all.size(), cudaMemcpyHostToDevice,
-                         stream_),
-         "upload");
-    must(cudaStreamSynchronize(stream_), "synchronise");
-  }
+  void upload(Piece& piece, std::size_t phase) { piece.device = arena_.take(piece.image, phase); }
 
   template <class T>
   const T* array(const T* values, std::size_t count, Piece* keep = nullptr) {

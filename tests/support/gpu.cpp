@@ -13,13 +13,14 @@ Status run_on_gpu(const Plan& plan, Problem& problem) {
     return made;
   }();
   arena.reset();
-  DeviceProblem device(problem, arena, problem.poison != Poison::nan, stream);
+  DeviceProblem device(problem, arena, problem.poison != Poison::nan);
   const Workspace workspace = device.workspace(plan.workspace_bytes);
+  arena.send(stream);
   const Status status = plan.row->pass == Pass::backward
                             ? run(plan, device.backward, workspace, stream)
                             : run(plan, device.backward.forward, workspace, stream);
   if (!status.ok()) return status;
-  must(cudaStreamSynchronize(stream), name_of(*plan.row).c_str());
+  arena.receive(stream);
   if (const std::string damage = device.fetch(); !damage.empty()) return {Code::device, damage};
   if (const std::string damage = problem.damage(); !damage.empty()) return {Code::device, damage};
   return {};

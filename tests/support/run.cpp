@@ -132,6 +132,14 @@ std::vector<const KernelRow*> runnable_rows(DType dtype) {
   return rows;
 }
 
+std::vector<const KernelRow*> distinct_rows(DType dtype) {
+  std::vector<const KernelRow*> rows = runnable_rows(dtype);
+  std::erase_if(rows, [](const KernelRow* row) {
+    return is_gpu(*row) && row->max_head_dim != 64 && row->max_head_dim != 192;
+  });
+  return rows;
+}
+
 bool serves(const KernelRow& row, const Problem& problem) {
   if (row.dtype != problem.dtype) return false;
   const Status status = row.pass == Pass::backward

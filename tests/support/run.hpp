@@ -41,6 +41,8 @@ inline constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::
 // begin with it.
 std::vector<const KernelRow*> runnable_rows();
 std::vector<const KernelRow*> runnable_rows(DType dtype);
+// Without the GPU kernels that differ from the ones for head_dim 64 or 192 in nothing but their tile.
+std::vector<const KernelRow*> distinct_rows(DType dtype);
 // Whether the row takes such problems at all (plan() says no with Code::unsupported otherwise).
 bool serves(const KernelRow& row, const Problem& problem);
 

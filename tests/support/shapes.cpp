@@ -249,6 +249,27 @@ std::vector<Shape> make_decode() {
     s.seqlens_q = {3, 2};
     s.band = kCausal;
   });
+  add("decode_softcap", [](Shape& s) { s.softcap = 10.f; });
+  add("decode_softcap_window_d128", [](Shape& s) {
+    s.softcap = 10.f;
+    s.head_dim = 128;
+    s.band = sliding_window(300);
+  });
+  add("decode_softcap_d192", [](Shape& s) {
+    s.softcap = 5.f;
+    s.head_dim = 192;
+    s.seqlens_q = {2, 1};
+    s.band = kCausal;
+  });
+  add("decode_softcap_paged_d256", [](Shape& s) {
+    s.softcap = 5.f;
+    s.head_dim = 256;
+    s.layout_k = Layout::paged;
+  });
+  add("decode_softcap_24_rows", [](Shape& s) {
+    s.softcap = 5.f;
+    s.seqlens_q = {6, 5};
+  });
   add("decode_window", [](Shape& s) { s.band = sliding_window(600); });
   add("decode_mqa_d128", [](Shape& s) {
     s.heads_k = 1;

@@ -19,9 +19,10 @@ struct Params {
   BackwardBounds* bounds;
 };
 
-// For numbers >= 0, whose bits order as integers; NaN stays the largest.
+// For numbers >= 0, whose bits order as integers. A NaN stays where it is: it must not scale the
+// gradients of other rows.
 __device__ void raise(float* target, float x) {
-  atomicMax(reinterpret_cast<int*>(target), __float_as_int(x));
+  if (x == x) atomicMax(reinterpret_cast<int*>(target), __float_as_int(x));
 }
 
 __device__ float sum_warp(float x) {
@@ -107,7 +108,7 @@ __global__ void find_v_bound(const __grid_constant__ Params p, int blocks_per_en
         const float x = to_float(v[key * f.v.seqlen_stride() + c]);
         squares += x * x;
       }
-      most = fmaxf(most, sqrtf(sum_warp(squares)));
+      most = fmaxf(most, sqrtf(sum_warp(squares)));  // drops NaN
     }
   }
   if (lane == 0) raise(&p.bounds->v, most);

@@ -12,7 +12,6 @@ namespace heed::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxSplits = 1024;
 
 struct Params {
   ForwardProblem problem;
@@ -21,90 +20,136 @@ struct Params {
   int splits;
   int width;
   int rows_per_entry;
+  std::int64_t row_count;
 };
 
-template <class Op>
-__device__ float reduce(float* scratch, float x, const Op& op) {
-  for (int step = 16; step > 0; step /= 2) x = op(x, __shfl_xor_sync(~0u, x, step));
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = scratch[0];
-  for (int w = 1; w < kThreads / 32; ++w) x = op(x, scratch[w]);
-  __syncthreads();
-  return x;
-}
+// kTeam threads join the parts of a row of one head: a warp where there are many rows, else a block.
+template <int kTeam>
+struct Team {
+  static constexpr int kTeams = kThreads / kTeam;
+  static constexpr int kMostSplits = 1024 / kTeams;
 
-// One block per query row and head; the parts are added in order.
-template <class Element>
-__global__ void join(const __grid_constant__ Params p) {
+  struct Smem {
+    float weights[kMostSplits];  // of the parts; 0: an empty one, whose sums are not read
+    float scratch[kTeam / 32];
+    float4 sums[kTeam];
+  };
+
+  static __device__ void sync() {
+    if constexpr (kTeam == 32)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
+  template <class Op>
+  static __device__ float reduce(Smem& smem, int thread, float x, const Op& op) {
+    for (int step = 16; step > 0; step /= 2) x = op(x, __shfl_xor_sync(~0u, x, step));
+    if constexpr (kTeam > 32) {
+      if (thread % 32 == 0) smem.scratch[thread / 32] = x;
+      sync();
+      x = smem.scratch[0];
+      for (int w = 1; w < kTeam / 32; ++w) x = op(x, smem.scratch[w]);
+      sync();
+    }
+    return x;
+  }
+};
+
+// The parts are added in one order.
+template <class Element, int kTeam>
+__global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Params p) {
+  using T = Team<kTeam>;
+  __shared__ typename T::Smem shared[T::kTeams];
   ptx::wait_for_kernel_before();
   const ForwardProblem& f = p.problem;
   const int heads = static_cast<int>(f.q.heads());
-  const int row = static_cast<int>(blockIdx.x % p.rows_per_entry);
-  const int item = static_cast<int>(blockIdx.x / p.rows_per_entry);
+  const int thread = static_cast<int>(threadIdx.x) % kTeam;
+  typename T::Smem& smem = shared[threadIdx.x / kTeam];
+  const std::int64_t at_row = std::int64_t{blockIdx.x} * T::kTeams + threadIdx.x / kTeam;
+  if (at_row >= p.row_count) return;  // the whole team
+  const int row = static_cast<int>(at_row % p.rows_per_entry);
+  const int item = static_cast<int>(at_row / p.rows_per_entry);
   const int head = item % heads;
   const SequenceSlice at = slice_of(f, item / heads);
   if (row >= at.q.length) return;
   const std::int64_t rows = f.q.batch() * f.q.heads() * f.q.seqlen();
   const std::int64_t i = lse_index(f, at, head, row);
 
-  __shared__ float weights[kMaxSplits];  // of the parts; 0: an empty one, whose sums are not read
-  __shared__ float scratch[kThreads / 32];
-  const int thread = static_cast<int>(threadIdx.x);
   const float sink = f.sink == nullptr ? -kInfinity : f.sink[head] * static_cast<float>(kLog2e);
   float max = sink;
-  for (int s = thread; s < p.splits; s += kThreads) max = fmaxf(max, p.states[s * rows + i].max);
-  max = reduce(scratch, max, [](float a, float b) { return fmaxf(a, b); });
+  for (int s = thread; s < p.splits; s += kTeam) max = fmaxf(max, p.states[s * rows + i].max);
+  max = T::reduce(smem, thread, max, [](float a, float b) { return fmaxf(a, b); });
   float sum = 0.f;
-  for (int s = thread; s < p.splits; s += kThreads) {
+  for (int s = thread; s < p.splits; s += kTeam) {
     const SoftmaxState part = p.states[s * rows + i];
     const bool empty = part.max == -kInfinity && part.sum == 0.f;
-    weights[s] = empty ? 0.f : ptx::exp2(part.max - max);
-    sum += empty ? 0.f : part.sum * weights[s];
+    smem.weights[s] = empty ? 0.f : ptx::exp2(part.max - max);
+    sum += empty ? 0.f : part.sum * smem.weights[s];
   }
-  sum = reduce(scratch, sum, [](float a, float b) { return a + b; });
+  sum = T::reduce(smem, thread, sum, [](float a, float b) { return a + b; });
   if (sink != -kInfinity) sum += ptx::exp2(sink - max);
   if (f.lse != nullptr && thread == 0)
-    f.lse[i] = max == -kInfinity ? -kInfinity : (max + log2f(sum)) * static_cast<float>(kLn2);
+    f.lse[i] = sum == 0.f ? -kInfinity : (max + log2f(sum)) * static_cast<float>(kLn2);
+  T::sync();  // the weights are there
 
-  // Groups of threads add every kGroups-th part, four channels a thread; then the groups are added.
-  __shared__ float4 sums[kThreads];
-  const int vectors = p.width / 4, groups = kThreads / vectors;
-  const int group = thread / vectors, vector = thread % vectors;
-  float4 x{0.f, 0.f, 0.f, 0.f};
-  if (group < groups) {
-    const float* first = p.partial_out + i * p.width + 4 * vector;
+  // Groups of threads add every groups-th part, four channels a thread; then the groups are added.
+  Element* out = first_row<Element>(f.out, at.q, head) + row * f.out.seqlen_stride();
+  const int channels = static_cast<int>(f.out.head_dim());
+  for (int first = 0; first < p.width; first += 4 * kTeam) {
+    const int width = p.width - first < 4 * kTeam ? p.width - first : 4 * kTeam;
+    const int vectors = width / 4, groups = kTeam / vectors;
+    const int group = thread / vectors, vector = thread % vectors;
+    float4 x{0.f, 0.f, 0.f, 0.f};
+    if (group < groups) {
+      const float* parts = p.partial_out + i * p.width + first + 4 * vector;
 #pragma unroll 4
-    for (int s = group; s < p.splits; s += groups) {
-      if (weights[s] == 0.f) continue;
-      const float4 part = *reinterpret_cast<const float4*>(first + s * rows * p.width);
-      x.x += part.x * weights[s];
-      x.y += part.y * weights[s];
-      x.z += part.z * weights[s];
-      x.w += part.w * weights[s];
+      for (int s = group; s < p.splits; s += groups) {
+        const float weight = smem.weights[s];
+        if (weight == 0.f) continue;
+        const float4 part = *reinterpret_cast<const float4*>(parts + s * rows * p.width);
+        x.x += part.x * weight;
+        x.y += part.y * weight;
+        x.z += part.z * weight;
+        x.w += part.w * weight;
+      }
+    }
+    T::sync();  // the sums before have been used
+    smem.sums[thread] = x;
+    T::sync();
+    for (int c = thread; c < width && first + c < channels; c += kTeam) {
+      float total = 0.f;
+      for (int g = 0; g < groups; ++g)
+        total += reinterpret_cast<const float*>(smem.sums)[g * width + c];
+      total = sum == 0.f ? 0.f : total / sum;
+      out[first + c].bits = static_cast<std::uint16_t>(ptx::pack<Element>(total, 0.f));
     }
   }
-  sums[thread] = x;
-  __syncthreads();
-  Element* out = first_row<Element>(f.out, at.q, head) + row * f.out.seqlen_stride();
-  for (int c = thread; c < f.out.head_dim(); c += kThreads) {
-    float total = 0.f;
-    for (int g = 0; g < groups; ++g)
-      total += reinterpret_cast<const float*>(sums)[g * p.width + c];
-    total = sum == 0.f ? 0.f : total / sum;
-    out[c].bits = static_cast<std::uint16_t>(ptx::pack<Element>(total, 0.f));
-  }
+}
+
+template <int kTeam>
+Status join_by(const Params& params, cudaStream_t stream) {
+  constexpr int kTeams = Team<kTeam>::kTeams;
+  const LaunchShape shape{.blocks = (params.row_count + kTeams - 1) / kTeams,
+                          .threads = kThreads,
+                          .overlap = true};
+  if (params.problem.q.dtype == DType::bf16)
+    return launch<join<bf16, kTeam>>(shape, stream, params);
+  return launch<join<f16, kTeam>>(shape, stream, params);
 }
 
 }  // namespace
 
 Status combine(const ForwardProblem& f, int splits, const float* partial_out, int width,
                const SoftmaxState* states, cudaStream_t stream) {
+  // Blocks of fewer rows than this leave a GPU half empty; a warp is slow at many parts.
+  constexpr std::int64_t kManyRows = 512;
+  constexpr int kFewSplits = 16;
   const int rows = static_cast<int>(max_seqlen_q(f));
-  const Params params{f, partial_out, states, splits, width, rows};
-  const LaunchShape shape{.blocks = rows * f.q.heads() * batch_entries(f), .threads = kThreads, .overlap = true};
-  if (f.q.dtype == DType::bf16) return launch<join<bf16>>(shape, stream, params);
-  return launch<join<f16>>(shape, stream, params);
+  const Params params{f,     partial_out, states, splits,
+                      width, rows,        rows * f.q.heads() * batch_entries(f)};
+  static_assert(kFewSplits <= Team<32>::kMostSplits);
+  if (params.row_count >= kManyRows && splits <= kFewSplits) return join_by<32>(params, stream);
+  return join_by<kThreads>(params, stream);
 }
 
 }  // namespace heed::cuda

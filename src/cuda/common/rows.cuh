@@ -59,8 +59,30 @@ __device__ __forceinline__ KeyRows<Element> key_rows(const ForwardProblem& p,
 }
 
 // Whether keys of an entry can be missing: their pages unmapped or their validity bits clear.
-__device__ __forceinline__ bool has_holes(const ForwardProblem& p) {
+__device__ __forceinline__ bool may_have_holes(const ForwardProblem& p) {
   return p.paged.page_table != nullptr || p.intervals.bits != nullptr;
+}
+
+// This thread's share of the question whether any of the keys [begin, end) is missing.
+__device__ __forceinline__ bool any_missing(const ForwardProblem& p, const SequenceSlice& at,
+                                            int begin, int end, int threads) {
+  if (begin >= end) return false;
+  bool missing = false;
+  if (p.paged.page_table != nullptr) {
+    const int page_size = static_cast<int>(p.k.shape[1]);
+    const std::int32_t* pages = p.paged.page_table + at.entry * p.paged.max_pages;
+    for (int i = begin / page_size + static_cast<int>(threadIdx.x); i <= (end - 1) / page_size;
+         i += threads)
+      missing = missing || pages[i] < 0 || pages[i] >= p.k.shape[0];
+  }
+  if (p.intervals.bits != nullptr) {
+    // Each thread looks at the keys of one word, cut to the range.
+    const int first_word = (at.k.slot + begin) / 32, last_word = (at.k.slot + end - 1) / 32;
+    for (int word = first_word + static_cast<int>(threadIdx.x); word <= last_word; word += threads)
+      missing = missing || !all_keys_valid(p.intervals, at, max_of(begin, 32 * word - at.k.slot),
+                                           min_of(end, 32 * word + 32 - at.k.slot));
+  }
+  return missing;
 }
 
 // Whether a key is there at all; such keys are not read and no row sees them.

@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "core/mask.hpp"
+#include "core/score.hpp"
 #include "cuda/common/backward_rows.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
@@ -73,14 +74,12 @@ struct BackwardParams {
   bool q_wide, k_wide, v_wide, dout_wide, dq_wide, dk_wide, dv_wide;
 };
 
-// dS is rounded to 16 bits times this power of two. f16 ends at 65504: where |dS| could reach that,
-// by the Cauchy-Schwarz bound of dP, it is made smaller; else, and for bf16 always, it is 1.
+// What dS is multiplied by before it is rounded to 16 bits.
 template <class C>
 __device__ __forceinline__ float ds_scale_of(const BackwardParams& p) {
   if constexpr (!C::kBounded) return 1.f;
   const cuda::BackwardBounds b = *p.bounds;
-  const float most = b.dout * b.v / (1.f - p.problem.forward.dropout.probability) + b.delta;
-  return most < 32768.f ? 1.f : exp2f(14.f - ceilf(log2f(most)));
+  return f16_ds_scale(b.dout, b.v, b.delta, 1.f / (1.f - p.problem.forward.dropout.probability));
 }
 
 struct BackwardWork {
@@ -269,7 +268,6 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
   const ForwardProblem& f = p.problem.forward;
   const int key_row = tile::warp() / kShare * C::tile.keys;
   const int part = tile::warp() % kShare;
-  const bool holes = f.intervals.bits != nullptr;
   const float ds_scale = ds_scale_of<C>(p);
   typename C::Keys acc_dk, acc_dv;
   acc_dk.clear();
@@ -291,6 +289,8 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
     const int key = work.key0 + key_row + tile::slot_row(slot);
     if (key < work.at.k.length && key_valid(f.intervals, work.at, key)) present |= 1u << slot;
   }
+  const bool holes = f.intervals.bits != nullptr &&
+                     __syncthreads_or(present != (1u << 2 * C::kM) - 1);
 
   find_steps<C>(p, smem, work);
   Step step = settle<C>(p, smem, work, {0, smem.first_tile});

@@ -123,8 +123,7 @@ Status launch_decode(const Plan& plan, const ForwardProblem& f, Workspace worksp
 
 template <class C>
 constexpr KernelRow decode_row(DType dtype) {
-  KernelRow row = forward_row<C>(dtype);
-  row.pass = Pass::decode;
+  KernelRow row = row_of<C>(Pass::decode, dtype);
   row.max_query_rows = C::tile.tile_m;
   row.forward_bytes = decode_bytes<C>;
   row.forward = launch_decode<C>;

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "core/mask.hpp"
+#include "core/schedule.hpp"
 #include "core/softmax_state.hpp"
 #include "cuda/common/fill_gaps.cuh"
 #include "cuda/common/rows.cuh"
@@ -66,6 +67,8 @@ struct ForwardParams {
   float scale;                            // > 0
   bool negative;                          // scores are -scale q k
   int m_tiles;                            // per entry
+  int items;                              // heads of all entries
+  int items_at_once;                      // whose keys and values stay in L2 together
   int group;                              // query heads of one key head
   bool q_wide, k_wide, v_wide, out_wide;  // rows may be copied 16 bytes at a time
   // Packed rows only: keys are split, and each part leaves sums relative to its own maximum.
@@ -84,6 +87,8 @@ struct ForwardWork {
   int rows;  // of this entry
   int split;
   TileRange tiles;
+  int load_begin, load_end;  // keys outside are not read: with validity bits what no row sees
+  bool holes;                // keys between them may be missing
 };
 
 template <class C>
@@ -154,33 +159,44 @@ __device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::
   }
   if (keys.end == 0) return;
   constexpr int kTileN = C::tile.tile_n;
-  const bool interior = C::Score::kLocal && !cuda::has_holes(f);
   work.tiles = normalised({keys.begin / kTileN, ceil_div(keys.end, kTileN),
                            ceil_div(keys.interior_begin, kTileN),
-                           interior ? keys.interior_end / kTileN : 0});
+                           C::Score::kLocal ? keys.interior_end / kTileN : 0});
   if constexpr (C::tile.packed) {
     const int per_split = ceil_div(work.tiles.end - work.tiles.begin, p.splits);
     const int begin = work.tiles.begin + work.split * per_split;
     work.tiles.end = min_of(begin + per_split, work.tiles.end);
     work.tiles.begin = begin;
   }
+  work.load_begin = 0;
+  work.load_end = work.at.k.length;
+  work.holes = false;
+  if (!cuda::may_have_holes(f)) return;
+  if (f.intervals.bits != nullptr) {
+    work.load_begin = keys.begin;
+    work.load_end = keys.end;
+  }
+  work.holes = __syncthreads_or(
+      cuda::any_missing(f, work.at, max_of(keys.begin, work.tiles.begin * kTileN),
+                        min_of(keys.end, work.tiles.end * kTileN), C::kThreads));
+  if (work.holes) work.tiles.interior_end = work.tiles.interior_begin;
 }
 
-// Begins to copy one tile of K or V. With holes, a key that is not there is a row of zeros.
+// Begins to copy one tile of K or V; a key that is not there is a row of zeros.
 template <class C, class Tile>
 __device__ __forceinline__ void load_keys(const ForwardParams& p, const ForwardWork& work,
                                           Tile& target,
                                           const cuda::KeyRows<typename C::Element>& rows, bool wide,
                                           int channels, int n_tile) {
   const int key0 = n_tile * C::tile.tile_n;
-  const bool holes = cuda::has_holes(p.problem);
-  if (wide && !holes)
+  if (wide && !work.holes && rows.pages == nullptr && key0 >= work.load_begin)
     return tile::load_block<C::kThreads>(target, rows.first + key0 * rows.stride, rows.stride,
-                                         rows.length - key0, channels);
+                                         work.load_end - key0, channels);
   tile::load_rows<C::kThreads>(target, wide, channels, [&](int r) {
-    const bool there =
-        !holes || (key0 + r < rows.length && key_valid(p.problem.intervals, work.at, key0 + r));
-    return there ? rows.row(key0 + r) : nullptr;
+    const int key = key0 + r;
+    const bool there = key >= work.load_begin && key < work.load_end &&
+                       (!work.holes || key_valid(p.problem.intervals, work.at, key));
+    return there ? rows.row(key) : nullptr;
   });
 }
 
@@ -211,7 +227,7 @@ __device__ __forceinline__ void mask_and_transform(const ForwardParams& p, typen
     tile::for_each(acc_s, [&](int, int, float& x) { x = score.value(x, {}, 0); });
   if (boundary) {
     tile::mask_rows(acc_s, smem.limits + warp_row, col0);
-    if (cuda::has_holes(p.problem)) 
+    if (work.holes)
       tile::mask_columns(acc_s, smem.present[n_tile % C::kPresent], warp_key);
   }
   if constexpr (!C::Score::kLocal)
@@ -241,8 +257,8 @@ __device__ __forceinline__ void store_out(const ForwardParams& p, typename C::Sm
     factor[slot] = keys.sum == 0.f ? 0.f : weight / all.sum;
     if (f.lse != nullptr && row < work.rows && tile::lane() % 4 == 0)
       f.lse[lse_index(f, work.at, at.head, at.row)] =
-          all.max == -kInfinity ? -kInfinity
-                                : (all.max + log2f(all.sum)) * static_cast<float>(kLn2);
+          all.sum == 0.f ? -kInfinity  // no key; the sum of a NaN row is NaN
+                         : (all.max + log2f(all.sum)) * static_cast<float>(kLn2);
   }
   tile::scale_rows(acc_o, factor);
   __syncwarp();  // the warp alone read these rows of Q
@@ -283,7 +299,6 @@ struct Attention {
   using Element = typename C::Element;
   cuda::KeyRows<Element> k, v;
   typename C::Score score;
-  bool holes;
   bool active;  // packed tiles are mostly empty: warps without rows only copy
   typename C::Out acc_o;
   tile::RowSoftmax<C::kM> softmax;
@@ -292,7 +307,6 @@ struct Attention {
       : k(cuda::key_rows<Element>(p.problem, p.problem.k, work.at, work.head_k)),
         v(cuda::key_rows<Element>(p.problem, p.problem.v, work.at, work.head_k)),
         score(p.problem, work.at, p.scale),
-        holes(cuda::has_holes(p.problem)),
         active(!C::tile.packed || work.row0 + C::warp_row() < work.rows) {
     acc_o.clear();
     softmax.clear();
@@ -302,13 +316,18 @@ struct Attention {
                                          const ForwardWork& work) {
     const ConstTensorView& x = p.problem.q;
     const Element* q = cuda::first_row<const Element>(x, work.at.q, work.head);
+    if constexpr (!C::tile.packed)
+      if (p.q_wide)
+        return tile::load_block<C::kThreads>(smem.q, q + work.row0 * x.seqlen_stride(),
+                                             x.seqlen_stride(), work.rows - work.row0,
+                                             static_cast<int>(x.head_dim()));
     tile::load_rows<C::kThreads>(smem.q, p.q_wide, static_cast<int>(x.head_dim()),
                                  [&](int r) { return query_row<C>(p, work, q, x, work.row0 + r); });
   }
   __device__ __forceinline__ void load_k(const ForwardParams& p, typename C::Smem& smem,
                                          const ForwardWork& work, int n, int stage) {
     load_keys<C>(p, work, smem.k[stage], k, p.k_wide, static_cast<int>(p.problem.k.head_dim()), n);
-    if (holes) find_present<C>(p, smem, work, k, n);
+    if (work.holes) find_present<C>(p, smem, work, k, n);
   }
   __device__ __forceinline__ void load_v(const ForwardParams& p, typename C::Smem& smem,
                                          const ForwardWork& work, int n, int stage) {
@@ -407,13 +426,14 @@ __global__ void __launch_bounds__(C::kThreads, C::tile.ctas)
   extern __shared__ __align__(128) unsigned char shared[];
   auto& smem = *reinterpret_cast<typename C::Smem*>(shared);
   const int heads = static_cast<int>(p.problem.q.heads());
-  const int item = static_cast<int>(blockIdx.x / p.m_tiles);
+  const ItemTile block =
+      item_tile(static_cast<int>(blockIdx.x), p.items, p.items_at_once, p.m_tiles);
   ForwardWork work{};
-  work.at = slice_of(p.problem, item / heads);
-  work.head = item % heads;
+  work.at = slice_of(p.problem, block.item / heads);
+  work.head = block.item % heads;
   work.head_k = work.head / p.group;
   // The last rows of an entry see the most keys under a causal band: they begin first.
-  work.row0 = (p.m_tiles - 1 - static_cast<int>(blockIdx.x % p.m_tiles)) * C::tile.tile_m;
+  work.row0 = (p.m_tiles - 1 - block.tile) * C::tile.tile_m;
   work.rows = work.at.q.length;
   if (work.row0 >= work.rows) return;
   find_limits<C>(p, smem, work);
@@ -433,6 +453,8 @@ ForwardParams forward_params(const ForwardProblem& f) {
   p.scale = scale.size;
   p.negative = scale.negative;
   p.m_tiles = static_cast<int>((max_seqlen_q(f) + C::tile.tile_m - 1) / C::tile.tile_m);
+  p.items = static_cast<int>(f.q.heads() * batch_entries(f));
+  p.items_at_once = items_in_l2(f);
   p.group = f.k.heads() == 0 ? 1 : static_cast<int>(f.q.heads() / f.k.heads());
   p.q_wide = cuda::is_wide(f.q);
   p.k_wide = cuda::is_wide(f.k);
@@ -446,29 +468,38 @@ template <class C>
 Status launch_forward(const Plan&, const ForwardProblem& f, Workspace, Queue queue) {
   if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
   const ForwardParams params = forward_params<C>(f);
-  return cuda::launch<forward<C>>({.blocks = params.m_tiles * f.q.heads() * batch_entries(f),
+  return cuda::launch<forward<C>>({.blocks = std::int64_t{params.items} * params.m_tiles,
                                    .threads = C::kThreads,
                                    .smem_bytes = sizeof(typename C::Smem)},
                                   queue.stream, params);
 }
 
+// What the rows of forward and decode have in common.
 template <class C>
-constexpr KernelRow forward_row(DType dtype) {
+constexpr KernelRow row_of(Pass pass, DType dtype) {
   KernelRow row{.arch = Arch::sm80,
-                .pass = Pass::forward,
+                .pass = pass,
                 .dtype = dtype,
                 .operand = dtype,
                 .tile_m = C::tile.tile_m,
                 .tile_n = C::tile.tile_n,
                 .max_head_dim = C::tile.head_dim,
                 .max_query_rows = 0,
-                .forward_bytes = [](const Plan&, const ForwardProblem&) { return std::size_t{0}; },
-                .forward = launch_forward<C>,
+                .forward_bytes = nullptr,
+                .forward = nullptr,
                 .backward_bytes = nullptr,
                 .backward = nullptr};
   row.score = C::Score::kKind;
   row.smem_bytes = sizeof(typename C::Smem);
   row.ctas = C::tile.ctas;
+  return row;
+}
+
+template <class C>
+constexpr KernelRow forward_row(DType dtype) {
+  KernelRow row = row_of<C>(Pass::forward, dtype);
+  row.forward_bytes = [](const Plan&, const ForwardProblem&) { return std::size_t{0}; };
+  row.forward = launch_forward<C>;
   return row;
 }
 

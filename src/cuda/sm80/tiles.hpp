@@ -1,8 +1,9 @@
 // The tiles of the portable kernels, one per head_dim and pass.
 #pragma once
 
-#include <algorithm>
 #include <array>
+#include <cstddef>
+#include <cstddef>
 
 namespace heed::sm80 {
 
@@ -38,8 +39,8 @@ inline constexpr std::array<ForwardTile, 5> kForwardTiles{{
 
 // Up to 16 rows per key head: one token of up to 16 query heads, or two of 8.
 inline constexpr std::array<ForwardTile, 5> kDecodeTiles{{
-    {64, 16, 64, 4, 3, true, 4, 4},
-    {96, 16, 64, 4, 2, true, 4, 4},
+    {64, 16, 64, 4, 4, true, 3, 4},
+    {96, 16, 64, 4, 3, true, 3, 4},
     {128, 16, 64, 4, 2, true, 3, 4},
     {192, 16, 64, 4, 1, true, 3, 4},
     {256, 16, 64, 4, 1, true, 3, 4},
@@ -80,8 +81,10 @@ inline constexpr std::array<BackwardTile, 5> kCompactBackwardTiles{{
 inline constexpr int kCompactSmemBytes = 99 * 1024;
 
 template <class Tile, std::size_t kCount>
-consteval Tile tile_of(const std::array<Tile, kCount>& tiles, int head_dim) {
-  return *std::ranges::find(tiles, head_dim, &Tile::head_dim);
+constexpr Tile tile_of(const std::array<Tile, kCount>& tiles, int head_dim) {
+  std::size_t at = 0;
+  while (tiles[at].head_dim != head_dim) ++at;
+  return tiles[at];
 }
 
 }  // namespace heed::sm80

@@ -1,10 +1,9 @@
-// PyTorch's current stream and device, where PyTorch has CUDA.
-#include "gpu.hpp"
+// Where an operator computes: PyTorch's threads, or its current stream of a GPU.
+#include "target.hpp"
 
 #include <dlfcn.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "tensors.hpp"
+#include "executor.hpp"
 
 namespace heed::operators {
 namespace {
@@ -21,6 +20,14 @@ GetStream find_get_stream() {
   return reinterpret_cast<GetStream>(found);
 }
 
+// The stream that PyTorch computes on; not synchronised with.
+CUstream_st* current_stream(std::int32_t device) {
+  static const GetStream get_stream = find_get_stream();
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
+  return static_cast<CUstream_st*>(stream);
+}
+
 }  // namespace
 
 DeviceGuard::DeviceGuard(std::int32_t device) {
@@ -33,11 +40,22 @@ DeviceGuard::~DeviceGuard() {
   if (guard_ != nullptr) aoti_torch_delete_device_guard(guard_);
 }
 
-CUstream_st* current_stream(std::int32_t device) {
-  static const GetStream get_stream = find_get_stream();
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
-  return static_cast<CUstream_st*>(stream);
+void aim_at(Target& target, const Tensor& tensor) {
+  if (device_type(tensor) == aoti_torch_device_type_cpu()) {
+    static TorchExecutor executor;
+    static const Result<Device> cpu = Device::cpu();
+    check(cpu.status());
+    target.device = *cpu;
+    target.device.units = executor.concurrency();
+    target.queue = executor;
+    return;
+  }
+  const std::int32_t index = device_index(tensor);
+  const Result<Device> gpu = Device::cuda(index);
+  check(gpu.status());
+  target.device = *gpu;
+  target.guard.emplace(index);
+  target.queue = current_stream(index);
 }
 
 }  // namespace heed::operators

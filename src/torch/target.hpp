@@ -1,4 +1,4 @@
-// PyTorch's current stream and device, where PyTorch has CUDA.
+// Where an operator computes: PyTorch's threads, or its current stream of a GPU.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "heed/plan.hpp"
+#include "tensors.hpp"
 
 namespace heed::operators {
 
@@ -21,7 +22,13 @@ class DeviceGuard {
   DeviceGuardHandle guard_ = nullptr;
 };
 
-// The stream that PyTorch computes on; not synchronised with.
-CUstream_st* current_stream(std::int32_t device);
+// Where a tensor's device computes; a GPU is the current one as long as this lives.
+struct Target {
+  Device device;
+  Queue queue;
+  std::optional<DeviceGuard> guard{};
+};
+
+void aim_at(Target& target, const Tensor& tensor);
 
 }  // namespace heed::operators
