@@ -87,7 +87,9 @@ struct ForwardWork {
   int rows;  // of this entry
   int split;
   TileRange tiles;
-  int load_begin, load_end;  // keys outside are not read: with validity bits what no row sees
+  // Keys outside are not read: what intervals or validity bits hide from every row may be anything,
+  // and 0 times NaN is NaN.
+  int load_begin, load_end;
   bool holes;                // keys between them may be missing
 };
 
@@ -168,14 +170,11 @@ __device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::
     work.tiles.end = min_of(begin + per_split, work.tiles.end);
     work.tiles.begin = begin;
   }
-  work.load_begin = 0;
-  work.load_end = work.at.k.length;
+  const bool by_row = f.intervals.rows != nullptr || f.intervals.bits != nullptr;
+  work.load_begin = by_row ? keys.begin : 0;
+  work.load_end = by_row ? keys.end : work.at.k.length;
   work.holes = false;
   if (!cuda::may_have_holes(f)) return;
-  if (f.intervals.bits != nullptr) {
-    work.load_begin = keys.begin;
-    work.load_end = keys.end;
-  }
   work.holes = __syncthreads_or(
       cuda::any_missing(f, work.at, max_of(keys.begin, work.tiles.begin * kTileN),
                         min_of(keys.end, work.tiles.end * kTileN), C::kThreads));
