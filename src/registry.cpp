@@ -31,7 +31,8 @@ const char* name_of(Pass pass) {
 }
 
 std::string name_of(const KernelRow& row) {
-  std::string name = std::string(name_of(row.arch)) + "/" + name_of(row.pass) + "/" + name_of(row.dtype);
+  std::string name =
+      std::string(name_of(row.arch)) + "/" + name_of(row.pass) + "/" + name_of(row.dtype);
   if (row.arch >= Arch::sm80)
     name += "/hdim" + std::to_string(row.max_head_dim) + "/" + name_of(row.score) + "/" +
             std::to_string(row.tile_m) + "x" + std::to_string(row.tile_n);
@@ -52,13 +53,12 @@ std::span<const KernelRow> registry() {
 }
 
 std::span<const KernelRow> registry_of(Arch arch) {
-  static const auto num_gpu =
-      static_cast<std::size_t>(std::ranges::count_if(registry(), is_gpu));
+  static const auto num_gpu = static_cast<std::size_t>(std::ranges::count_if(registry(), is_gpu));
   return arch >= Arch::sm80 ? registry().first(num_gpu) : registry().subspan(num_gpu);
 }
 
-// x86 sets contain each other in the order of the enumeration; NEON stands alone. Kernels of a later
-// GPU than sm80 use instructions that only its own family has.
+// x86 sets contain each other in the order of the enumeration; NEON stands alone. Kernels of a
+// later GPU than sm80 use instructions that only its own family has.
 bool serves(Arch row, Arch device) {
   if (row == device) return true;
   if (device >= Arch::sm80) return row == Arch::sm80;
@@ -111,8 +111,8 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
       return std::string("computes ") + name_of(row.score) + " scores, here " +
              name_of(request.score);
     case Mismatch::smem:
-      return "needs " + std::to_string(row.smem_bytes) + " bytes of shared memory per block, here " +
-             std::to_string(request.smem_bytes);
+      return "needs " + std::to_string(row.smem_bytes) +
+             " bytes of shared memory per block, here " + std::to_string(request.smem_bytes);
     case Mismatch::forced: return std::string("another kernel is forced: ") + request.force;
   }
   return {};

@@ -37,7 +37,8 @@ struct KernelRow {
   int smem_bytes = 0;                    // GPU: shared memory of a block
   int ctas = 0;                          // GPU: blocks that a multiprocessor holds
 };
-// "avx512/forward/bf16"; of a GPU also head_dim, score and tile: "sm80/forward/bf16/hdim64/plain/128x128".
+// "avx512/forward/bf16"; of a GPU also head_dim, score and tile:
+// "sm80/forward/bf16/hdim64/plain/128x128".
 std::string name_of(const KernelRow& row);
 
 // Every kernel of this build, those of GPUs before those of CPUs, best first.

@@ -222,20 +222,23 @@ typedef enum heed_arch {
 typedef struct heed_device {
   int32_t arch;  /* heed_arch */
   int32_t units; /* CPU: threads; GPU: multiprocessors */
+  int32_t smem_bytes; /* GPU: shared memory that a block can have; 0: the most that its arch has */
 } heed_device;
 
 /* This machine's CPU. HEED_FORCE_ISA=scalar|avx2|avx512|avx512_bf16|reference lowers it. */
 heed_status heed_device_cpu(heed_device* device);
+/* The GPU of that number; -1: the calling thread's current one. */
+heed_status heed_device_cuda(int32_t ordinal, heed_device* device);
 
 typedef struct heed_options {
   size_t size;           /* sizeof(heed_options) */
   int32_t splits;        /* key splits of decode; 0: chosen from the shape */
-  int32_t deterministic; /* 0 or 1; the CPU kernels always are */
+  int32_t deterministic; /* GPU backward: the same bits every time; all else always is */
   const char* force;     /* a kernel's name from `heed list`, or NULL */
 } heed_options;
 
 #define HEED_OPTIONS_INIT \
-  { sizeof(heed_options), 0, 1, NULL }
+  { sizeof(heed_options), 0, 0, NULL }
 
 /* A decision: a value to copy and keep. */
 typedef struct heed_plan {
@@ -243,10 +246,11 @@ typedef struct heed_plan {
   int32_t workers;        /* CPU threads that have scratch space */
   int32_t splits;         /* parts of the keys that are computed apart and then merged */
   size_t workspace_bytes; /* what heed_workspace.bytes must be at least */
+  int32_t deterministic;  /* every sum in one order */
 } heed_plan;
 
 #define HEED_PLAN_INIT \
-  { NULL, 1, 1, 0 }
+  { NULL, 1, 1, 0, 1 }
 
 /* Scratch memory of the caller, on the device that runs; its contents mean nothing. */
 typedef struct heed_workspace {
@@ -268,12 +272,13 @@ typedef struct heed_executor {
 
 /* Where work is put. NULL in place of a queue: heed's own threads. */
 typedef struct heed_queue {
-  void* cuda_stream;             /* cudaStream_t; GPU plans */
-  const heed_executor* executor; /* CPU plans; NULL: heed's own threads */
+  int32_t on_gpu;                /* 1: cuda_stream of the current GPU; 0: executor */
+  void* cuda_stream;             /* cudaStream_t; NULL: the GPU's default stream */
+  const heed_executor* executor; /* NULL: heed's own threads */
 } heed_queue;
 
 #define HEED_QUEUE_INIT \
-  { NULL, NULL }
+  { 0, NULL, NULL }
 
 /* ---- functions; options and queue may be NULL everywhere ---- */
 
@@ -289,7 +294,7 @@ heed_status heed_run_forward(const heed_plan* plan, const heed_forward_problem* 
 heed_status heed_run_backward(const heed_plan* plan, const heed_backward_problem* problem,
                               heed_workspace workspace, const heed_queue* queue);
 
-/* plan + run on this machine's CPU. */
+/* plan + run on this machine's CPU, or on the current GPU where queue.on_gpu is 1. */
 heed_status heed_forward(const heed_forward_problem* problem, heed_workspace workspace,
                          const heed_queue* queue, const heed_options* options);
 heed_status heed_backward(const heed_backward_problem* problem, heed_workspace workspace,

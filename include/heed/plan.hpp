@@ -62,7 +62,7 @@ struct Queue {
   // A null stream is the GPU's default stream.
   Queue(CUstream_st* cuda_stream)  // NOLINT(google-explicit-constructor)
       : on_gpu(true), stream(cuda_stream) {}
-  Queue(Executor& cpu) : executor(&cpu) {}                  // NOLINT(google-explicit-constructor)
+  Queue(Executor& cpu) : executor(&cpu) {}  // NOLINT(google-explicit-constructor)
 
   bool on_gpu = false;
   CUstream_st* stream = nullptr;
@@ -80,14 +80,14 @@ inline constexpr std::size_t kWorkspaceAlignment = 64;
 struct Options {
   int splits = 0;              // key splits of decode; 0: chosen from the shape
   bool deterministic = false;  // GPU backward: the same bits every time, slower; all else always is
-  const char* force = nullptr; // a kernel's name from `heed list`; HEED_FORCE_KERNEL does the same
+  const char* force = nullptr;  // a kernel's name from `heed list`; HEED_FORCE_KERNEL does the same
 };
 
 // A decision: trivially copyable, made without reading device memory.
 struct Plan {
   const KernelRow* row = nullptr;
-  int workers = 1;        // CPU threads that have scratch space
-  int splits = 1;         // parts of the keys that are computed apart and then merged
+  int workers = 1;  // CPU threads that have scratch space
+  int splits = 1;   // parts of the keys that are computed apart and then merged
   std::size_t workspace_bytes = 0;
   bool deterministic = true;  // every sum in one order
 };
@@ -107,8 +107,9 @@ std::string explain(const BackwardProblem& problem, const Device& device,
 Status run(const Plan& plan, const ForwardProblem& problem, Workspace workspace, Queue queue = {});
 Status run(const Plan& plan, const BackwardProblem& problem, Workspace workspace, Queue queue = {});
 
-// plan + run on this machine's CPU, or on the current GPU where the queue is a stream. An empty workspace is allowed where the plan needs none; one that is
-// too small is refused with the size it must have.
+// plan + run on this machine's CPU, or on the current GPU where the queue is a stream. An empty
+// workspace is allowed where the plan needs none; one that is too small is refused with the size it
+// must have.
 Status forward(const ForwardProblem& problem, Workspace workspace = {}, Queue queue = {},
                const Options& options = {});
 Status backward(const BackwardProblem& problem, Workspace workspace = {}, Queue queue = {},

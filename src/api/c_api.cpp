@@ -135,12 +135,13 @@ Status read(const heed_device* from, heed::Device& device) {
   if (from->arch < 0 || from->arch > HEED_SM120)
     return heed::invalid("device.arch = ", from->arch, " must be in [0, ",
                          static_cast<int>(HEED_SM120), "]");
-  device = {static_cast<heed::Arch>(from->arch), from->units};
+  device = {static_cast<heed::Arch>(from->arch), from->units, from->smem_bytes};
   return {};
 }
 
 heed::Plan plan_of(const heed_plan& c) {
-  return {static_cast<const heed::KernelRow*>(c.row), c.workers, c.splits, c.workspace_bytes};
+  return {static_cast<const heed::KernelRow*>(c.row), c.workers, c.splits, c.workspace_bytes,
+          c.deterministic != 0};
 }
 
 heed::Workspace workspace_of(heed_workspace c) { return {c.data, c.bytes}; }
@@ -161,7 +162,7 @@ class CallerExecutor final : public heed::Executor {
 struct CallerQueue {
   explicit CallerQueue(const heed_queue* c) : executor(c == nullptr ? nullptr : c->executor) {
     if (c == nullptr) return;
-    queue.stream = static_cast<CUstream_st*>(c->cuda_stream);
+    if (c->on_gpu != 0) queue = static_cast<CUstream_st*>(c->cuda_stream);
     if (c->executor != nullptr) queue.executor = &executor;
   }
   CallerQueue(const CallerQueue&) = delete;
@@ -191,7 +192,7 @@ Status plan(const CProblem* problem, const heed_device* device, const heed_optio
   if (Status s = read(options, o); !s.ok()) return s;
   const heed::Result<heed::Plan> made = heed::plan(p, d, o);
   if (!made.ok()) return made.status();
-  *plan = {made->row, made->workers, made->splits, made->workspace_bytes};
+  *plan = {made->row, made->workers, made->splits, made->workspace_bytes, made->deterministic};
   return {};
 }
 
@@ -239,6 +240,13 @@ heed_tensor to_c(const heed::TensorView& view) {
   return c;
 }
 
+Status write(const heed::Result<heed::Device>& from, heed_device* device) {
+  if (device == nullptr) return heed::invalid("device = null must point to a struct");
+  if (!from.ok()) return from.status();
+  *device = {static_cast<std::int32_t>(from->arch), from->units, from->smem_bytes};
+  return {};
+}
+
 heed_band to_c(const heed::Band& band) { return {band.left, band.right, band.chunk}; }
 
 heed::DType dtype_of(heed_dtype dtype) { return static_cast<heed::DType>(dtype); }
@@ -267,13 +275,10 @@ heed_band heed_sliding_window(int32_t keys_back) { return to_c(heed::sliding_win
 heed_band heed_chunked(int32_t chunk) { return to_c(heed::chunked(chunk)); }
 
 heed_status heed_device_cpu(heed_device* device) {
-  return guarded([&]() -> Status {
-    if (device == nullptr) return heed::invalid("device = null must point to a struct");
-    const heed::Result<heed::Device> cpu = heed::Device::cpu();
-    if (!cpu.ok()) return cpu.status();
-    *device = {static_cast<std::int32_t>(cpu->arch), cpu->units};
-    return {};
-  });
+  return guarded([&] { return write(heed::Device::cpu(), device); });
+}
+heed_status heed_device_cuda(int32_t ordinal, heed_device* device) {
+  return guarded([&] { return write(heed::Device::cuda(ordinal), device); });
 }
 
 heed_status heed_plan_forward(const heed_forward_problem* problem, const heed_device* device,

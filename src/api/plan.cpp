@@ -36,10 +36,10 @@ Request request_of(Pass pass, const ForwardProblem& p, const Device& device,
 
 Status no_kernel(const Request& request) {
   if (request.force != nullptr)
-    return {Code::unsupported,
-            std::string("the forced kernel ") + request.force + " does not serve this problem (" +
-                name_of(request.pass) + ", " + name_of(request.dtype) +
-                "); `heed list` prints the kernels' names"};
+    return {Code::unsupported, std::string("the forced kernel ") + request.force +
+                                   " does not serve this problem (" + name_of(request.pass) + ", " +
+                                   name_of(request.dtype) +
+                                   "); `heed list` prints the kernels' names"};
   // The nearest miss says what to change.
   std::string dtypes;
   std::int64_t head_dim = 0;
@@ -105,8 +105,7 @@ Result<Plan> plan_any(const Problem& problem, const Device& device, const Option
   Plan plan{.row = row,
             .workers = device.units > 0 ? device.units : 1,
             .splits = splits_of(*row, forward_of(problem), device, options)};
-  plan.deterministic =
-      device.is_cpu() || request.pass == Pass::forward || options.deterministic;
+  plan.deterministic = device.is_cpu() || request.pass == Pass::forward || options.deterministic;
   plan.workspace_bytes = bytes_of(plan, problem);
   return plan;
 }

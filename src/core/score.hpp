@@ -30,8 +30,8 @@ constexpr Softcap softcap_of(float scale, float cap) {
   return {scale / cap, cap * static_cast<float>(kLog2e)};
 }
 
-// f16 ends at 65504. Where |dS| could reach that, by the Cauchy-Schwarz bound of dP, a GPU rounds dS
-// times this power of two; else it is 1. `dout`, `v`: largest norms of rows, `delta`: largest
+// f16 ends at 65504. Where |dS| could reach that, by the Cauchy-Schwarz bound of dP, a GPU rounds
+// dS times this power of two; else it is 1. `dout`, `v`: largest norms of rows, `delta`: largest
 // magnitude, `kept`: 1 / (1 - dropout). None of them is NaN; an infinite bound is one of 2^127.
 constexpr float f16_ds_scale(float dout, float v, float delta, float kept) {
   const float most = dout * v * kept + delta;

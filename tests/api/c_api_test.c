@@ -166,6 +166,25 @@ static void run_in_turn(void* user, int workers, void (*body)(void* context, int
   for (worker = 0; worker < workers; ++worker) body(context, worker);
 }
 
+/* Planning needs no GPU; a queue must be of the plan's kind. */
+static void test_gpu(void) {
+  const heed_forward_problem forward = forward_problem();
+  heed_device gpu = {HEED_SM90, 132, 0};
+  heed_device device;
+  heed_plan plan = HEED_PLAN_INIT;
+  heed_queue queue = HEED_QUEUE_INIT;
+
+  expect_status(__LINE__, heed_plan_forward(&forward, &gpu, NULL, &plan), HEED_UNSUPPORTED, "sm90");
+  EXPECT_INVALID(heed_device_cuda(-1, NULL), "device = null");
+  EXPECT(heed_device_cuda(0, &device).code != HEED_OK || device.arch >= HEED_SM80);
+  EXPECT_OK(heed_device_cpu(&device));
+  EXPECT(device.smem_bytes == 0);
+  EXPECT_OK(heed_plan_forward(&forward, &device, NULL, &plan));
+  EXPECT(plan.deterministic == 1);
+  queue.on_gpu = 1;
+  EXPECT_INVALID(heed_run_forward(&plan, &forward, scratch(), &queue), "queue is a CUDA stream");
+}
+
 static void test_executor(void) {
   const heed_forward_problem forward = forward_problem();
   heed_executor executor;
@@ -191,6 +210,7 @@ int main(void) {
   test_passes();
   test_errors();
   test_executor();
+  test_gpu();
   printf(failures == 0 ? "c_api_test: passed\n" : "c_api_test: FAILED\n");
   return failures == 0 ? 0 : 1;
 }

@@ -45,8 +45,7 @@ TEST(Schedule, SplitsFillTheGpuAndStayInBounds) {
   EXPECT_EQ(gpu_splits({.tasks = 8, .slots = 264, .keys = 256, .tile_n = 64}, 7), 2);
   for (const std::int64_t keys : {std::int64_t{1}, std::int64_t{1} << 20, std::int64_t{1} << 30})
     for (const std::int64_t tasks : {1, 100, 1000}) {
-      const int splits =
-          gpu_splits({.tasks = tasks, .slots = 264, .keys = keys, .tile_n = 64}, 0);
+      const int splits = gpu_splits({.tasks = tasks, .slots = 264, .keys = keys, .tile_n = 64}, 0);
       EXPECT_TRUE(splits >= 1 && splits <= kMostSplits);
     }
 }

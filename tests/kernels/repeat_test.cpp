@@ -47,9 +47,9 @@ TEST(Repeat, SplitKeysMergeWithinTheRule) {
         if (!serves(*row, p)) continue;
         const ForwardOracle expected = oracle(p.forward, rounding_of(*row));
         for (const int splits : {1, 2, 3, 4}) {
-          const Result<Plan> made = plan(p.forward,
-                                         {.arch = row->arch, .units = 2, .smem_bytes = row->smem_bytes},
-                                         {.splits = splits, .force = name.c_str()});
+          const Result<Plan> made =
+              plan(p.forward, {.arch = row->arch, .units = 2, .smem_bytes = row->smem_bytes},
+                   {.splits = splits, .force = name.c_str()});
           ASSERT_TRUE(made.ok()) << made.status().message();
           EXPECT_EQ(made->splits, splits) << name;  // else the test proves nothing
           run_checked(*row, p, {.workers = 2, .splits = splits});
@@ -133,9 +133,11 @@ TEST(Repeat, ChunkedPrefillEqualsOneShot) {
       run_checked(*row, p);
       const std::vector<double> got = p.tokens(p.forward.out, p.q_slices);
       done += chunk;
-      if (row->arch >= Arch::sm80) {  // a warp rescales its rows together: their bits depend on them
+      if (row->arch >=
+          Arch::sm80) {  // a warp rescales its rows together: their bits depend on them
         const ForwardOracle expected = oracle(p.forward, rounding_of(*row));
-        EXPECT_EQ(compare("out", p.forward.out, expected.out, values(p.forward.out), {}).failure, "")
+        EXPECT_EQ(compare("out", p.forward.out, expected.out, values(p.forward.out), {}).failure,
+                  "")
             << name_of(*row) << " rows " << first << " to " << done;
         continue;
       }

@@ -47,7 +47,8 @@ double ds_scale(const Problem& p) {
   const BackwardProblem& b = p.backward;
   const ForwardProblem& f = b.forward;
   double most_dout = 0, most_v = 0, most_delta = 0;
-  const auto row_of = [](const auto& t, const SideSlice& at, std::int64_t token, std::int64_t head) {
+  const auto row_of = [](const auto& t, const SideSlice& at, std::int64_t token,
+                         std::int64_t head) {
     return at.batch * t.batch_stride() + (at.token + token) * t.seqlen_stride() +
            head * t.head_stride();
   };
@@ -152,11 +153,10 @@ class Checker {
     const bool of_keys = name == "dk" || name == "dv";
     const auto sequences = static_cast<std::size_t>(shape_.heads_k) * shape_.seqlens_k.size();
     // A row of dbias has one lse and one delta, whose errors all its keys share.
-    const std::size_t independent =
-        of_keys ? static_cast<std::size_t>(view.head_dim()) * sequences
-        : name == "dbias" && view.head_dim() > 0
-            ? static_cast<std::size_t>(view.numel() / view.head_dim())
-            : 0;
+    const std::size_t independent = of_keys ? static_cast<std::size_t>(view.head_dim()) * sequences
+                                    : name == "dbias" && view.head_dim() > 0
+                                        ? static_cast<std::size_t>(view.numel() / view.head_dim())
+                                        : 0;
     const Verdict v = compare(name, view, expected, got, {gaussian(), independent});
     EXPECT_EQ(v.failure, "");
     record(row, name, v);

@@ -22,8 +22,8 @@ inline void must(cudaError_t error, const char* what) {
   std::abort();
 }
 
-// Device memory that is handed out from the front and taken back all at once, with an image of it in
-// the host's memory: one copy brings all pieces over. HEED_TEST_MALLOC=1: every piece is an
+// Device memory that is handed out from the front and taken back all at once, with an image of it
+// in the host's memory: one copy brings all pieces over. HEED_TEST_MALLOC=1: every piece is an
 // allocation of its own, so that compute-sanitizer sees its ends.
 class Arena {
  public:
@@ -159,8 +159,8 @@ class DeviceProblem {
     return {piece.device, bytes};
   }
 
-  // Brings results to the host's tensors, after Arena::receive(). Returns what was touched that must
-  // not be; empty: nothing.
+  // Brings results to the host's tensors, after Arena::receive(). Returns what was touched that
+  // must not be; empty: nothing.
   std::string fetch() {
     std::string damage;
     for (Output& o : outputs_) {

@@ -50,10 +50,9 @@ Status run_planned(const Plan& plan, const AnyProblem& problem, Problem& owner,
 template <class AnyProblem>
 Result<Plan> plan_row(const KernelRow& row, const AnyProblem& problem, const RunOptions& options) {
   const std::string name = name_of(row);
-  Result<Plan> made = plan(problem, machine_of(row, options.workers),
-                           {.splits = options.splits,
-                            .deterministic = options.deterministic,
-                            .force = name.c_str()});
+  Result<Plan> made = plan(
+      problem, machine_of(row, options.workers),
+      {.splits = options.splits, .deterministic = options.deterministic, .force = name.c_str()});
   if (made.ok() && made->row != &row)
     return Status(Code::device,
                   "plan() chose " + name_of(*made->row) + " when " + name + " was forced");

@@ -1,6 +1,6 @@
-// Runs one kernel of the table on a test problem, in an exact and guarded workspace. A GPU kernel gets
-// a copy of the problem between guards in device memory: in the host's strides, most of them odd,
-// where the poison is NaN, else in strides that allow copies of 16 bytes.
+// Runs one kernel of the table on a test problem, in an exact and guarded workspace. A GPU kernel
+// gets a copy of the problem between guards in device memory: in the host's strides, most of them
+// odd, where the poison is NaN, else in strides that allow copies of 16 bytes.
 #pragma once
 
 #include <string>
@@ -37,11 +37,12 @@ Status run_row(const KernelRow& row, Problem& problem, const RunOptions& options
 // Whether this machine has the instructions; says once on the test's output if not.
 bool machine_runs(const KernelRow& row);
 inline constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
-// The rows this machine can run, of every dtype or of one. HEED_TEST_ROWS=sm takes those whose names
-// begin with it.
+// The rows this machine can run, of every dtype or of one. HEED_TEST_ROWS=sm takes those whose
+// names begin with it.
 std::vector<const KernelRow*> runnable_rows();
 std::vector<const KernelRow*> runnable_rows(DType dtype);
-// Without the GPU kernels that differ from the ones for head_dim 64 or 192 in nothing but their tile.
+// Without the GPU kernels that differ from the ones for head_dim 64 or 192 in nothing but their
+// tile.
 std::vector<const KernelRow*> distinct_rows(DType dtype);
 // Whether the row takes such problems at all (plan() says no with Code::unsupported otherwise).
 bool serves(const KernelRow& row, const Problem& problem);

@@ -147,9 +147,8 @@ Status find_backward_rows(const BackwardProblem& b, const QueryTiles& tiles, Bac
   if (b.forward.q.dtype == DType::bf16) return launch<find_rows<bf16>>(shape, stream, params);
   if (Status s = launch<find_rows<f16>>(shape, stream, params); !s.ok()) return s;
   const int per_entry = static_cast<int>((max_seqlen_k(b.forward) + 63) / 64);
-  return launch<find_v_bound>(
-      {.blocks = per_entry * batch_entries(b.forward), .threads = kThreads}, stream, params,
-      per_entry);
+  return launch<find_v_bound>({.blocks = per_entry * batch_entries(b.forward), .threads = kThreads},
+                              stream, params, per_entry);
 }
 
 Status sum_dsink(const BackwardProblem& b, const BackwardRow* rows, cudaStream_t stream) {

@@ -23,7 +23,8 @@ struct Params {
   std::int64_t row_count;
 };
 
-// kTeam threads join the parts of a row of one head: a warp where there are many rows, else a block.
+// kTeam threads join the parts of a row of one head: a warp where there are many rows, else a
+// block.
 template <int kTeam>
 struct Team {
   static constexpr int kTeams = kThreads / kTeam;
@@ -129,9 +130,8 @@ __global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Params 
 template <int kTeam>
 Status join_by(const Params& params, cudaStream_t stream) {
   constexpr int kTeams = Team<kTeam>::kTeams;
-  const LaunchShape shape{.blocks = (params.row_count + kTeams - 1) / kTeams,
-                          .threads = kThreads,
-                          .overlap = true};
+  const LaunchShape shape{
+      .blocks = (params.row_count + kTeams - 1) / kTeams, .threads = kThreads, .overlap = true};
   if (params.problem.q.dtype == DType::bf16)
     return launch<join<bf16, kTeam>>(shape, stream, params);
   return launch<join<f16, kTeam>>(shape, stream, params);
@@ -145,8 +145,8 @@ Status combine(const ForwardProblem& f, int splits, const float* partial_out, in
   constexpr std::int64_t kManyRows = 512;
   constexpr int kFewSplits = 16;
   const int rows = static_cast<int>(max_seqlen_q(f));
-  const Params params{f,     partial_out, states, splits,
-                      width, rows,        rows * f.q.heads() * batch_entries(f)};
+  const Params params{
+      f, partial_out, states, splits, width, rows, rows * f.q.heads() * batch_entries(f)};
   static_assert(kFewSplits <= Team<32>::kMostSplits);
   if (params.row_count >= kManyRows && splits <= kFewSplits) return join_by<32>(params, stream);
   return join_by<kThreads>(params, stream);

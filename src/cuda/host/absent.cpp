@@ -6,7 +6,8 @@ namespace heed {
 namespace {
 
 Status no_cuda() {
-  return {Code::unsupported, "this build of heed has no CUDA kernels: build it with -DHEED_CUDA=ON"};
+  return {Code::unsupported,
+          "this build of heed has no CUDA kernels: build it with -DHEED_CUDA=ON"};
 }
 
 }  // namespace

@@ -41,9 +41,10 @@ Result<Device> describe_device(int ordinal) {
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor);
   const std::optional<Arch> arch = arch_of(major);
   if (!arch)
-    return Status(Code::unsupported, "GPU " + std::to_string(ordinal) + " is sm_" +
-                                         std::to_string(10 * major + minor) +
-                                         ", heed needs sm_80 (Ampere) or newer: compute on the CPU");
+    return Status(Code::unsupported,
+                  "GPU " + std::to_string(ordinal) + " is sm_" +
+                      std::to_string(10 * major + minor) +
+                      ", heed needs sm_80 (Ampere) or newer: compute on the CPU");
   return Device{.arch = *arch,
                 .units = attribute(cudaDevAttrMultiProcessorCount),
                 .smem_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};

@@ -36,10 +36,10 @@ Status allow_shared_memory(int bytes) {
   if (Status s = cuda_status(cudaGetDevice(&device), "device"); !s.ok()) return s;
   const std::uint64_t bit = std::uint64_t{1} << (device & 63);
   if (device < 64 && (allowed.load(std::memory_order_relaxed) & bit) != 0) return {};
-  if (Status s = cuda_status(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  bytes),
-                             "shared memory");
+  if (Status s =
+          cuda_status(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                      "shared memory");
       !s.ok())
     return s;
   allowed.fetch_or(bit, std::memory_order_relaxed);

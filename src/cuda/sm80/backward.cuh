@@ -289,8 +289,8 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
     const int key = work.key0 + key_row + tile::slot_row(slot);
     if (key < work.at.k.length && key_valid(f.intervals, work.at, key)) present |= 1u << slot;
   }
-  const bool holes = f.intervals.bits != nullptr &&
-                     __syncthreads_or(present != (1u << 2 * C::kM) - 1);
+  const bool holes =
+      f.intervals.bits != nullptr && __syncthreads_or(present != (1u << 2 * C::kM) - 1);
 
   find_steps<C>(p, smem, work);
   Step step = settle<C>(p, smem, work, {0, smem.first_tile});

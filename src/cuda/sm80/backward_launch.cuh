@@ -137,11 +137,11 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
       !s.ok())
     return s;
   if (Status s = sum_dsink(b, memory.rows, queue.stream); !s.ok()) return s;
-  if (Status s = cuda::launch<backward<C>>(
-          {.blocks = params.n_tiles * f.k.heads() * batch_entries(f),
-           .threads = C::kThreads,
-           .smem_bytes = sizeof(typename C::Smem)},
-          queue.stream, params);
+  if (Status s =
+          cuda::launch<backward<C>>({.blocks = params.n_tiles * f.k.heads() * batch_entries(f),
+                                     .threads = C::kThreads,
+                                     .smem_bytes = sizeof(typename C::Smem)},
+                                    queue.stream, params);
       !s.ok())
     return s;
   if (memory.dbias != nullptr)

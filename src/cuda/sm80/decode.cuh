@@ -19,7 +19,8 @@ __device__ __forceinline__ void join_warps(typename C::Smem& smem, Attention<C>&
   const int part = tile::warp() % kWarps, first_warp = tile::warp() - part;
   SoftmaxState(*states)[C::kRowsPerWarp] = smem.states + first_warp;
   // K has been used, and of it there is enough for all but the first warp.
-  static_assert(sizeof(smem.k) >= (kWarps - 1) * (C::tile.warps / kWarps) * kFloats * sizeof(float));
+  static_assert(sizeof(smem.k) >=
+                (kWarps - 1) * (C::tile.warps / kWarps) * kFloats * sizeof(float));
   float* sums = reinterpret_cast<float*>(smem.k) + first_warp / kWarps * (kWarps - 1) * kFloats;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {

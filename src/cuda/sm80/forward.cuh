@@ -90,7 +90,7 @@ struct ForwardWork {
   // Keys outside are not read: what intervals or validity bits hide from every row may be anything,
   // and 0 times NaN is NaN.
   int load_begin, load_end;
-  bool holes;                // keys between them may be missing
+  bool holes;  // keys between them may be missing
 };
 
 template <class C>
@@ -147,15 +147,15 @@ __device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::
   const ForwardProblem& f = p.problem;
   for (int i = threadIdx.x; i < C::tile.tile_m; i += C::kThreads) {
     const int row = work.row0 + i;
-    smem.limits[i] = row < work.rows ? row_limits(f.band, work.at, f.intervals,
-                                                  place_of<C>(p, work, row).row)
-                                     : RowLimits{};
+    smem.limits[i] = row < work.rows
+                         ? row_limits(f.band, work.at, f.intervals, place_of<C>(p, work, row).row)
+                         : RowLimits{};
   }
   TileRange keys;
   if (f.intervals.rows == nullptr) {
     const int last = min_of(work.row0 + C::tile.tile_m, work.rows) - 1;
-    keys = kv_range(f.band, place_of<C>(p, work, work.row0).row,
-                    place_of<C>(p, work, last).row + 1, work.at.q.length, work.at.k.length);
+    keys = kv_range(f.band, place_of<C>(p, work, work.row0).row, place_of<C>(p, work, last).row + 1,
+                    work.at.q.length, work.at.k.length);
   } else {
     keys = reduce_limits<C>(p, smem, work);
   }
@@ -175,9 +175,9 @@ __device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::
   work.load_end = by_row ? keys.end : work.at.k.length;
   work.holes = false;
   if (!cuda::may_have_holes(f)) return;
-  work.holes = __syncthreads_or(
-      cuda::any_missing(f, work.at, max_of(keys.begin, work.tiles.begin * kTileN),
-                        min_of(keys.end, work.tiles.end * kTileN), C::kThreads));
+  work.holes =
+      __syncthreads_or(cuda::any_missing(f, work.at, max_of(keys.begin, work.tiles.begin * kTileN),
+                                         min_of(keys.end, work.tiles.end * kTileN), C::kThreads));
   if (work.holes) work.tiles.interior_end = work.tiles.interior_begin;
 }
 
@@ -226,8 +226,7 @@ __device__ __forceinline__ void mask_and_transform(const ForwardParams& p, typen
     tile::for_each(acc_s, [&](int, int, float& x) { x = score.value(x, {}, 0); });
   if (boundary) {
     tile::mask_rows(acc_s, smem.limits + warp_row, col0);
-    if (work.holes)
-      tile::mask_columns(acc_s, smem.present[n_tile % C::kPresent], warp_key);
+    if (work.holes) tile::mask_columns(acc_s, smem.present[n_tile % C::kPresent], warp_key);
   }
   if constexpr (!C::Score::kLocal)
     tile::for_each(acc_s, [&](int slot, int col, float& x) {
@@ -352,7 +351,8 @@ struct Attention {
     if constexpr (C::Score::kDrops)
       tile::for_each(acc_s, [&](int slot, int col, float& x) {
         const int row = work.row0 + C::warp_row() + tile::slot_row(slot);
-        if (!score.keeps(place_of<C>(p, work, row), n * C::tile.tile_n + C::warp_key() + col)) x = 0.f;
+        if (!score.keeps(place_of<C>(p, work, row), n * C::tile.tile_n + C::warp_key() + col))
+          x = 0.f;
       });
   }
 };

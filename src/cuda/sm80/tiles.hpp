@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstddef>
-#include <cstddef>
 
 namespace heed::sm80 {
 
