@@ -35,7 +35,7 @@ struct KernelRow {
 
   ScoreKind score = ScoreKind::general;  // the most that it computes; CPU kernels take everything
   int smem_bytes = 0;                    // GPU: shared memory of a block
-  int ctas = 0;                          // GPU: blocks that a multiprocessor holds
+  int ctas = 0;                          // GPU decode: blocks that a multiprocessor holds
 };
 // "avx512/forward/bf16"; of a GPU also head_dim, score and tile:
 // "sm80/forward/bf16/hdim64/plain/128x128".

@@ -6,22 +6,18 @@ python3 benchmarks/cuda/kernels.py [--save] [--quick] [--passes forward,backward
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import machine
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import heed
-from heed import ops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKENS, HIDDEN = 16384, 2048
@@ -184,27 +180,6 @@ def masks() -> list[dict]:
     return cells
 
 
-def machine() -> dict:
-    def output(*command: str) -> str:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "kernels": ops_kernels(),
-        "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("HEED_COMMIT") or output("git", "rev-parse", "--short", "HEAD"),
-        "command": "python3 " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]]),
-    }
-
-
-def ops_kernels() -> str:
-    gpu = torch.ops.heed.kernels().splitlines()[1].split("\t")
-    return gpu[1]
-
-
 def geometric_means(cells: list[dict]) -> dict[str, float]:
     means = {}
     for work in dict.fromkeys(c["work"] for c in cells):
@@ -215,9 +190,10 @@ def geometric_means(cells: list[dict]) -> dict[str, float]:
                 if c["work"] == work and peer in c["ms"]
             ]
             if ratios:
-                means[f"{work} against {peer}"] = statistics.geometric_mean(ratios)
+                mean = statistics.geometric_mean(ratios)
+                means[f"{work} against {peer}"] = mean
                 print(
-                    f"{work} against {peer}: {means[f'{work} against {peer}']:.3f}x geometric mean, "
+                    f"{work} against {peer}: {mean:.3f}x geometric mean, "
                     f"{min(ratios):.2f} to {max(ratios):.2f}"
                 )
     return means
@@ -233,7 +209,6 @@ def main() -> None:
     parser.add_argument("--dims", default="64,128,256")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    assert ops.library.exists()
     seqlens = (1024, 8192) if arguments.quick else SEQLENS
     dims = tuple(int(d) for d in arguments.dims.split(","))
     cells: list[dict] = []
@@ -249,7 +224,11 @@ def main() -> None:
     means = geometric_means(cells)
     if arguments.save:
         path = ROOT / "benchmarks" / "results" / "cuda_kernels.json"
-        data = {"machine": machine(), "geometric_means": means, "cells": cells}
+        data = {
+            "machine": machine() | {"cudnn": torch.backends.cudnn.version()},
+            "geometric_means": means,
+            "cells": cells,
+        }
         path.write_text(json.dumps(data, indent=1) + "\n")
         print(path.relative_to(ROOT))
 

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from machine import machine
 from torch import Tensor
 
 import heed
@@ -227,28 +225,6 @@ def padded(tiny: bool, packed_only: bool) -> dict[str, Run]:
 # ---- the table ----
 
 
-def machine() -> dict[str, str]:
-    """What a reader must know about where the numbers come from."""
-
-    def said(*command: str) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return done.stdout.strip().splitlines()[0]
-
-    return {
-        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "none, a check of the script",
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": os.environ.get("HEED_COMMIT") or said("git", "describe", "--always", "--dirty"),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -294,7 +270,9 @@ def main() -> None:
     cell("training", shape, model.train(1, sum(documents), documents), args.rounds)
 
     if args.save:
-        RESULT.write_text(json.dumps({"machine": machine(), "cells": cells}, indent=1) + "\n")
+        versions = {"transformers": transformers.__version__, "python": platform.python_version()}
+        data = {"machine": machine() | versions, "cells": cells}
+        RESULT.write_text(json.dumps(data, indent=1) + "\n")
         print(f"wrote {RESULT}")
 
 

@@ -11,6 +11,7 @@
 #include "cuda/common/fill_gaps.cuh"
 #include "cuda/host/launch.hpp"
 #include "cuda/sm80/backward.cuh"
+#include "cuda/sm80/row.hpp"
 #include "registry.hpp"
 
 namespace heed::sm80 {
@@ -153,21 +154,9 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
 
 template <class C>
 constexpr KernelRow backward_row(DType dtype) {
-  KernelRow row{.arch = Arch::sm80,
-                .pass = Pass::backward,
-                .dtype = dtype,
-                .operand = dtype,
-                .tile_m = C::tile.tile_m,
-                .tile_n = C::tile.tile_n,
-                .max_head_dim = C::tile.head_dim,
-                .max_query_rows = 0,
-                .forward_bytes = nullptr,
-                .forward = nullptr,
-                .backward_bytes = backward_bytes<C>,
-                .backward = launch_backward<C>};
-  row.score = C::Score::kKind;
-  row.smem_bytes = sizeof(typename C::Smem);
-  row.ctas = 1;
+  KernelRow row = row_of<C>(Pass::backward, dtype);
+  row.backward_bytes = backward_bytes<C>;
+  row.backward = launch_backward<C>;
   return row;
 }
 

@@ -126,6 +126,7 @@ template <class C>
 constexpr KernelRow decode_row(DType dtype) {
   KernelRow row = row_of<C>(Pass::decode, dtype);
   row.max_query_rows = C::tile.tile_m;
+  row.ctas = C::tile.ctas;
   row.forward_bytes = decode_bytes<C>;
   row.forward = launch_decode<C>;
   return row;

@@ -1,8 +1,9 @@
 // Forward attention on tensor cores of sm_80 and later: out = softmax(score(q k^T)) v, and its lse.
 //
 // One CTA owns tile_m query rows of one head of one entry; its warps own 16 kM rows each and share
-// nothing but the tiles of keys. Every row's limits are computed once, into shared memory; their
-// extremes say which tiles are visited and which of those are interior.
+// nothing but the tiles of keys. Every row's limits are computed once, into shared memory. Which
+// tiles are visited and which of those are interior follows from the band in closed form, or where
+// there are key intervals from the extremes of the limits.
 //
 //   copies   Q K(n)        V(n)       K(n-1)            V(n-1)      ...
 //   warps          wait  S = Q K^T  wait  softmax, O += P V  wait  S = Q K^T ...
@@ -23,6 +24,7 @@
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
 #include "cuda/host/launch.hpp"
+#include "cuda/sm80/row.hpp"
 #include "cuda/sm80/tiles.hpp"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/gemm.cuh"
@@ -471,27 +473,6 @@ Status launch_forward(const Plan&, const ForwardProblem& f, Workspace, Queue que
                                    .threads = C::kThreads,
                                    .smem_bytes = sizeof(typename C::Smem)},
                                   queue.stream, params);
-}
-
-// What the rows of forward and decode have in common.
-template <class C>
-constexpr KernelRow row_of(Pass pass, DType dtype) {
-  KernelRow row{.arch = Arch::sm80,
-                .pass = pass,
-                .dtype = dtype,
-                .operand = dtype,
-                .tile_m = C::tile.tile_m,
-                .tile_n = C::tile.tile_n,
-                .max_head_dim = C::tile.head_dim,
-                .max_query_rows = 0,
-                .forward_bytes = nullptr,
-                .forward = nullptr,
-                .backward_bytes = nullptr,
-                .backward = nullptr};
-  row.score = C::Score::kKind;
-  row.smem_bytes = sizeof(typename C::Smem);
-  row.ctas = C::tile.ctas;
-  return row;
 }
 
 template <class C>

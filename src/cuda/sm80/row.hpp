@@ -1,0 +1,28 @@
+// What every row of the portable kernels says of its configuration.
+#pragma once
+
+#include "registry.hpp"
+
+namespace heed::sm80 {
+
+// Without the functions, which depend on the pass.
+template <class C>
+constexpr KernelRow row_of(Pass pass, DType dtype) {
+  KernelRow row{.arch = Arch::sm80,
+                .pass = pass,
+                .dtype = dtype,
+                .operand = dtype,
+                .tile_m = C::tile.tile_m,
+                .tile_n = C::tile.tile_n,
+                .max_head_dim = C::tile.head_dim,
+                .max_query_rows = 0,
+                .forward_bytes = nullptr,
+                .forward = nullptr,
+                .backward_bytes = nullptr,
+                .backward = nullptr};
+  row.score = C::Score::kKind;
+  row.smem_bytes = sizeof(typename C::Smem);
+  return row;
+}
+
+}  // namespace heed::sm80
