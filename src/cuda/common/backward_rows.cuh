@@ -30,6 +30,13 @@ struct BackwardBounds {
   float dout, v, delta;
 };
 
+// Sums over the key tiles, cleared with the rows.
+struct QuerySums {
+  float* dq;   // [count_of, heads_q, floats]
+  int floats;  // of a tile, a multiple of 4
+  int* turns;  // [count_of, heads_q] or nullptr
+};
+
 // Tiles of tile_m query rows, numbered through all entries; some numbers may stay unused.
 struct QueryTiles {
   int tile_m;
@@ -49,10 +56,10 @@ constexpr std::int64_t count_of(const QueryTiles& tiles, const ForwardProblem& p
 }
 
 // rows: [batch, heads_q, seqlen_q] as lse; limits: [count_of], those of tiles that do not exist are
-// not written; bounds: zeros, found for f16 only.
+// not written; bounds: found for f16 only.
 Status find_backward_rows(const BackwardProblem& problem, const QueryTiles& tiles,
                           BackwardRow* rows, TileLimits* limits, BackwardBounds* bounds,
-                          cudaStream_t stream);
+                          const QuerySums& sums, cudaStream_t stream);
 // dsink, in one order of additions; nothing without it.
 Status sum_dsink(const BackwardProblem& problem, const BackwardRow* rows, cudaStream_t stream);
 

@@ -8,20 +8,27 @@
 //   S^T = K Q^T    dP^T = V dO^T    P = exp2(S - lse)    dS = P (dP - delta)
 //   dV += P^T dO   dK += dS^T Q     dQ += dS K
 //
-// What limits the speed is reading shared memory, so warps own 32 keys, and several share them:
-// each computes a part of their scores, hands it over through shared memory and owns a part of the
-// channels of dK and dV. dQ is added up in fp32 in global memory, in the order of the registers: by
-// reductions in any order, or in the order of the key tiles where the plan is deterministic.
+// Reading shared memory is dear, so warps own 32 keys, and several share them: each computes a part
+// of their scores, hands it over through shared memory and owns a part of the channels of dK and
+// dV. dQ is added up in fp32 in global memory, in the order of the registers: by reductions in any
+// order, or in the order of the key tiles where the plan is deterministic.
+//
+// A CTA has a multiprocessor to itself, so what hides the waits of a warp are its other warps, and
+// these must not run in step: no barrier of the CTA stands in the loop. Warps say what they have
+// done (Barrier) and wait only for what they need, at the latest place.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "core/mask.hpp"
+#include "core/schedule.hpp"
 #include "core/score.hpp"
 #include "cuda/common/backward_rows.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
+#include "cuda/sm80/barrier.cuh"
+#include "cuda/sm80/store_matrices.cuh"
 #include "cuda/sm80/tiles.hpp"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/gemm.cuh"
@@ -39,12 +46,13 @@ struct BackwardConfig {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kScoreCols = tile.tile_m / tile.share;   // query rows of a warp's scores
   static constexpr int kChannels = tile.head_dim / tile.share;  // of a warp's dK and dV
-  // dQ: warps are 16 rows each by a part of the channels.
-  static constexpr int kQueryParts = kWarps / (tile.tile_m / 16);
+  // dQ: warps are 16 kQueryM rows each by a part of the channels.
+  static constexpr int kQueryM = tile.head_dim % (16 * kWarps * 32 / tile.tile_m) == 0 ? 2 : 1;
+  static constexpr int kQueryParts = kWarps * 16 * kQueryM / tile.tile_m;
   static constexpr int kQueryChannels = tile.head_dim / kQueryParts;
   using Scores = tile::Accumulator<kM, kScoreCols / 8>;
   using Keys = tile::Accumulator<kM, kChannels / 8>;
-  using Queries = tile::Accumulator<1, kQueryChannels / 8>;
+  using Queries = tile::Accumulator<kQueryM, kQueryChannels / 8>;
   using KeyTile = tile::SharedTile<Element, tile.tile_n, tile.head_dim>;
   using QueryTile = tile::SharedTile<Element, tile.tile_m, tile.head_dim>;
   using ScoreTile = tile::SharedTile<Element, tile.tile_n, tile.tile_m>;
@@ -54,16 +62,22 @@ struct BackwardConfig {
     QueryTile q[tile.stages], dout[tile.stages];
     ScoreTile p, ds;
     cuda::BackwardRow rows[tile.stages][tile.tile_m];
+    Barrier arrived[tile.stages];  // Q, dO and the rows of a step are here
+    Barrier complete;              // all of its dS is
+    Barrier used;                  // all of its tiles have been read
     int first_tile, last_tile;
   };
-  static_assert(kWarps % (tile.tile_m / 16) == 0 && tile.head_dim % (16 * kQueryParts) == 0);
+  static_assert(tile.tile_m <= kThreads);
+  static_assert(kWarps * 16 * kQueryM % tile.tile_m == 0 &&
+                tile.head_dim % (16 * kQueryParts) == 0);
   static_assert(sizeof(Smem) <= 227 * 1024, "the tile does not fit in shared memory");
 };
 
 struct BackwardParams {
   BackwardProblem problem;  // pointers are device pointers
   float scale;
-  int n_tiles;  // per entry
+  int n_tiles;        // per entry
+  int items_at_once;  // key heads of entries, see item_tile
   int group;
   cuda::QueryTiles tiles;
   const cuda::BackwardRow* rows;   // as lse
@@ -84,39 +98,54 @@ __device__ __forceinline__ float ds_scale_of(const BackwardParams& p) {
 
 struct BackwardWork {
   SequenceSlice at;
+  const cuda::TileLimits* limits;  // of the entry's tiles of query rows
   int head_k;
   int n_tile, key0;
+  // Tiles of query rows that see a key of this CTA: all of [first_tile, last_tile], or, where
+  // `listed`, those of them that `limits` says. The rows of [first_inside, last_inside] see all its
+  // keys; where listed, `limits` says that too.
+  int first_tile, last_tile, first_inside, last_inside;
+  bool listed;
 };
 
 // One step: a tile of query rows of one head.
 struct Step {
   int head;  // within the group; group: no step is left
   int m_tile;
+  bool inside;  // every row sees all keys of the CTA
 };
-
-__device__ __forceinline__ cuda::TileLimits limits_of(const BackwardParams& p,
-                                                      const BackwardWork& work, int m_tile) {
-  return p.limits[p.tiles.index(work.at, m_tile)];
-}
 
 template <class C>
 __device__ __forceinline__ bool meets(const cuda::TileLimits& t, const BackwardWork& work) {
   return t.first < work.key0 + C::tile.tile_n && t.end > work.key0;
 }
 
-// The first and last tile of query rows that sees a key of this CTA.
+// Which tiles of query rows see a key of this CTA. Deterministic turns count those that `limits`
+// has.
 template <class C>
 __device__ __forceinline__ void find_steps(const BackwardParams& p, typename C::Smem& smem,
-                                           const BackwardWork& work) {
+                                           BackwardWork& work) {
+  constexpr int kTile = C::tile.tile_m;
+  const int key_end = work.key0 + C::tile.tile_n;
+  const ForwardProblem& f = p.problem.forward;
+  work.listed = f.intervals.rows != nullptr || p.turns != nullptr;
+  if (!work.listed) {
+    const TileRange rows = q_range(f.band, work.key0, key_end, work.at.q.length, work.at.k.length);
+    work.first_tile = rows.begin / kTile;
+    work.last_tile = ceil_div(rows.end, kTile) - 1;
+    work.first_inside = ceil_div(rows.interior_begin, kTile);
+    work.last_inside = key_end <= work.at.k.length ? rows.interior_end / kTile - 1 : -1;
+    return;
+  }
   if (threadIdx.x == 0) {
     smem.first_tile = INT_MAX;
     smem.last_tile = -1;
   }
   __syncthreads();
-  const int count = ceil_div(work.at.q.length, C::tile.tile_m);
+  const int count = ceil_div(work.at.q.length, kTile);
   int first = INT_MAX, last = -1;
   for (int m = static_cast<int>(threadIdx.x); m < count; m += C::kThreads)
-    if (meets<C>(limits_of(p, work, m), work)) {
+    if (meets<C>(work.limits[m], work)) {
       first = min_of(first, m);
       last = m;
     }
@@ -125,43 +154,77 @@ __device__ __forceinline__ void find_steps(const BackwardParams& p, typename C::
     atomicMax(&smem.last_tile, last);
   }
   __syncthreads();
+  work.first_tile = smem.first_tile;
+  work.last_tile = smem.last_tile;
 }
 
 // The step at or after `step`.
 template <class C>
-__device__ __forceinline__ Step settle(const BackwardParams& p, const typename C::Smem& smem,
-                                       const BackwardWork& work, Step step) {
-  for (; step.head < p.group; ++step.head, step.m_tile = smem.first_tile)
-    for (; step.m_tile <= smem.last_tile; ++step.m_tile)
-      if (meets<C>(limits_of(p, work, step.m_tile), work)) return step;
+__device__ __forceinline__ Step settle(int group, const BackwardWork& work, Step step) {
+  for (; step.head < group; ++step.head, step.m_tile = work.first_tile)
+    for (; step.m_tile <= work.last_tile; ++step.m_tile) {
+      if (!work.listed) {
+        step.inside = step.m_tile >= work.first_inside && step.m_tile <= work.last_inside;
+        return step;
+      }
+      const cuda::TileLimits limits = work.limits[step.m_tile];
+      step.inside = limits.all_first <= work.key0 && limits.all_end >= work.key0 + C::tile.tile_n;
+      if (meets<C>(limits, work)) return step;
+    }
   return step;
 }
 
+// Row 0 of a query head.
+template <class C>
+struct QueryHead {
+  const typename C::Element *q, *dout;
+  const cuda::BackwardRow* rows;
+
+  __device__ __forceinline__ QueryHead(const BackwardParams& p, const BackwardWork& work,
+                                       int head_of_group) {
+    const int head = work.head_k * p.group + head_of_group;
+    q = cuda::first_row<const typename C::Element>(p.problem.forward.q, work.at.q, head);
+    dout = cuda::first_row<const typename C::Element>(p.problem.dout, work.at.q, head);
+    rows = p.rows + lse_index(p.problem.forward, work.at, head, 0);
+  }
+};
+
 template <class C>
 __device__ __forceinline__ void load_step(const BackwardParams& p, typename C::Smem& smem,
-                                          const BackwardWork& work, Step step, int stage) {
+                                          const BackwardWork& work, const QueryHead<C>& head,
+                                          int m_tile, int stage) {
   using Element = typename C::Element;
-  const ForwardProblem& f = p.problem.forward;
-  const int head = work.head_k * p.group + step.head;
-  const int row0 = step.m_tile * C::tile.tile_m;
-  const auto load = [&](auto& tile, const ConstTensorView& x, bool wide) {
-    const Element* first = cuda::first_row<const Element>(x, work.at.q, head);
+  const int row0 = m_tile * C::tile.tile_m;
+  const int count = work.at.q.length - row0;
+  const auto load = [&](auto& tile, const Element* first, const ConstTensorView& x, bool wide) {
     const int channels = static_cast<int>(x.head_dim());
-    if (wide)
-      return tile::load_block<C::kThreads>(tile, first + row0 * x.seqlen_stride(),
-                                           x.seqlen_stride(), work.at.q.length - row0, channels);
+    first += row0 * x.seqlen_stride();
+    if (wide) return tile::load_block<C::kThreads>(tile, first, x.seqlen_stride(), count, channels);
     tile::load_rows<C::kThreads>(tile, wide, channels, [&](int r) {
-      return row0 + r < work.at.q.length ? first + (row0 + r) * x.seqlen_stride() : nullptr;
+      return r < count ? first + r * x.seqlen_stride() : nullptr;
     });
   };
-  load(smem.q[stage], f.q, p.q_wide);
-  load(smem.dout[stage], p.problem.dout, p.dout_wide);
-  for (int r = static_cast<int>(threadIdx.x); r < C::tile.tile_m; r += C::kThreads) {
-    const bool exists = row0 + r < work.at.q.length;
-    ptx::cp_async(ptx::shared_address(&smem.rows[stage][r]),
-                  exists ? p.rows + lse_index(f, work.at, head, row0 + r) : p.rows, exists);
+  load(smem.q[stage], head.q, p.problem.forward.q, p.q_wide);
+  load(smem.dout[stage], head.dout, p.problem.dout, p.dout_wide);
+  if (const int r = static_cast<int>(threadIdx.x); r < C::tile.tile_m)
+    ptx::cp_async(ptx::shared_address(&smem.rows[stage][r]), head.rows + (r < count ? row0 + r : 0),
+                  r < count);
+  // Only asynchronous copies arrive by themselves.
+  if (p.q_wide && p.dout_wide) {
+    smem.arrived[stage].arrive_after_copies();
+  } else {
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    smem.arrived[stage].arrive();
   }
-  ptx::cp_async_commit();
+}
+
+// Waits for the warps that share this one's keys.
+template <class C>
+__device__ __forceinline__ void sync_share() {
+  constexpr int kThreads = 32 * C::tile.share;
+  const int barrier = 1 + static_cast<int>(threadIdx.x) / kThreads;
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 // Scores S^T and dP^T become P^T, zero where it is dropped, and slope * dS^T.
@@ -208,20 +271,19 @@ __device__ __forceinline__ void differentiate(const BackwardParams& p, const typ
 // Adds this CTA's part of a tile of dq.
 template <class C>
 __device__ __forceinline__ void add_queries(const BackwardParams& p, const BackwardWork& work,
-                                            Step step, const cuda::TileLimits& limits,
-                                            const typename C::Queries& acc) {
+                                            const Step& step, const typename C::Queries& acc) {
   const int head = work.head_k * p.group + step.head;
   const std::int64_t index =
-      p.tiles.index(work.at, step.m_tile) * p.problem.forward.q.heads() + head;
-  float* base =
-      p.dq + index * (C::tile.tile_m * C::tile.head_dim) + tile::warp() * (16 * C::kQueryChannels);
+      (work.limits - p.limits + step.m_tile) * p.problem.forward.q.heads() + head;
+  float* base = p.dq + index * (C::tile.tile_m * C::tile.head_dim) +
+                tile::warp() * (16 * C::kQueryM * C::kQueryChannels);
   if (p.turns == nullptr) {
     tile::add_to_global(base, acc);
     return;
   }
   // CTAs are dispatched in the order of their numbers, and those of this entry's smaller key tiles
   // that see the rows all add to this counter, whatever the contents of the arrays: the wait ends.
-  const int turn = work.n_tile - limits.first / C::tile.tile_n;
+  const int turn = work.n_tile - work.limits[step.m_tile].first / C::tile.tile_n;
   if (threadIdx.x == 0)
     while (*static_cast<volatile int*>(p.turns + index) < turn) {
     }
@@ -262,19 +324,22 @@ __device__ __forceinline__ void store_keys(const BackwardParams& p, typename C::
 
 template <class C>
 __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, typename C::Smem& smem,
-                                                   const BackwardWork& work) {
+                                                   BackwardWork& work) {
   using Element = typename C::Element;
   constexpr int kShare = C::tile.share;
   const ForwardProblem& f = p.problem.forward;
   const int key_row = tile::warp() / kShare * C::tile.keys;
   const int part = tile::warp() % kShare;
-  const float ds_scale = ds_scale_of<C>(p);
   typename C::Keys acc_dk, acc_dv;
   acc_dk.clear();
   acc_dv.clear();
 
   const auto load_keys = [&](auto& tile, const ConstTensorView& x, bool wide) {
     const auto rows = cuda::key_rows<Element>(f, x, work.at, work.head_k);
+    if (wide && !cuda::may_have_holes(f))
+      return tile::load_block<C::kThreads>(tile, rows.first + work.key0 * rows.stride, rows.stride,
+                                           work.at.k.length - work.key0,
+                                           static_cast<int>(x.head_dim()));
     tile::load_rows<C::kThreads>(tile, wide, static_cast<int>(x.head_dim()), [&](int r) {
       const int key = work.key0 + r;
       return key < rows.length && key_valid(f.intervals, work.at, key)
@@ -292,19 +357,34 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
   const bool holes =
       f.intervals.bits != nullptr && __syncthreads_or(present != (1u << 2 * C::kM) - 1);
 
+  if (threadIdx.x == 0) {
+    for (Barrier& b : smem.arrived) b.init(C::kThreads);
+    smem.complete.init(C::kWarps);
+    smem.used.init(C::kWarps);
+  }
+  const auto arrive = [](Barrier& b) {
+    __syncwarp();
+    if (tile::lane() == 0) b.arrive();
+  };
+  ptx::wait_for_kernel_before();  // only inputs of the problem were read until here
+  const float ds_scale = ds_scale_of<C>(p);
   find_steps<C>(p, smem, work);
-  Step step = settle<C>(p, smem, work, {0, smem.first_tile});
-  if (smem.last_tile < 0) step.head = p.group;
-  if (step.head < p.group) load_step<C>(p, smem, work, step, 0);
-  for (int stage = 0; step.head < p.group; stage = C::tile.stages == 2 ? stage ^ 1 : 0) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // this step's tiles are here; those of the step before have been used
-    const Step next = settle<C>(p, smem, work, {step.head, step.m_tile + 1});
-    if (C::tile.stages == 2 && next.head < p.group) load_step<C>(p, smem, work, next, stage ^ 1);
+  __syncthreads();  // the barriers are ready
+  Step step = settle<C>(p.group, work, {0, work.first_tile, false});
+  if (work.last_tile < work.first_tile) step.head = p.group;
+  QueryHead<C> head(p, work, 0);
+  const auto load = [&](const Step& from, const Step& to, int stage) {
+    if (to.head != from.head) head = QueryHead<C>(p, work, to.head);
+    load_step<C>(p, smem, work, head, to.m_tile, stage);
+  };
+  if (step.head < p.group) load({0, 0, false}, step, 0);
+  for (int i = 0; step.head < p.group; ++i) {
+    constexpr bool kAhead = C::tile.stages == 2;
+    const int stage = kAhead ? i & 1 : 0;
+    const Step next = settle<C>(p.group, work, {step.head, step.m_tile + 1, false});
+    smem.arrived[stage].wait(kAhead ? i >> 1 & 1 : i & 1);
 
-    const cuda::TileLimits limits = limits_of(p, work, step.m_tile);
-    const bool boundary = !C::Score::kLocal || holes || limits.all_first > work.key0 ||
-                          limits.all_end < work.key0 + C::tile.tile_n;
+    const bool boundary = !C::Score::kLocal || holes || !step.inside;
     const typename C::Score score(p.problem, work.at, p.scale);
     const cuda::Place first{step.m_tile * C::tile.tile_m, work.head_k * p.group + step.head};
     const int first_col = part * C::kScoreCols;
@@ -316,24 +396,31 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
     differentiate<C>(p, smem, work, score, boundary, first, work.key0 + key_row, present, first_col,
                      stage, acc_s, acc_dp);
     if constexpr (C::kBounded) tile::scale(acc_dp, ds_scale);
-    tile::store(smem.p, key_row, acc_s, first_col);
-    tile::store(smem.ds, key_row, acc_dp, first_col);
-    __syncthreads();  // P and dS are complete
+    if (i > 0) smem.used.wait((i - 1) & 1);
+    // The tiles of the step before are free: for the next step's Q and dO, and for P and dS.
+    if (kAhead && next.head < p.group) load(step, next, stage ^ 1);
+    store_matrices(smem.p, key_row, acc_s, first_col);
+    store_matrices(smem.ds, key_row, acc_dp, first_col);
+    arrive(smem.complete);
+    sync_share<C>();  // P and dS of these keys are complete
     tile::matmul_nn(acc_dv, smem.p, key_row, smem.dout[stage],
                     part * C::kChannels);                                           // dV += P^T dO
     tile::matmul_nn(acc_dk, smem.ds, key_row, smem.q[stage], part * C::kChannels);  // dK += dS^T Q
+    smem.complete.wait(i & 1);  // dS of the other keys is
     typename C::Queries acc_dq;
     acc_dq.clear();
-    tile::matmul_tn(acc_dq, smem.ds, tile::warp() / C::kQueryParts * 16, smem.k,
+    tile::matmul_tn(acc_dq, smem.ds, tile::warp() / C::kQueryParts * (16 * C::kQueryM), smem.k,
                     tile::warp() % C::kQueryParts * C::kQueryChannels);  // dQ = dS K
-    add_queries<C>(p, work, step, limits, acc_dq);
-    if (C::tile.stages == 1 && next.head < p.group) {
-      __syncthreads();  // Q and dO have been used
-      load_step<C>(p, smem, work, next, 0);
+    arrive(smem.used);
+    add_queries<C>(p, work, step, acc_dq);
+    if (!kAhead && next.head < p.group) {
+      smem.used.wait(i & 1);
+      load(step, next, 0);
     }
     step = next;
   }
-  ptx::cp_async_wait<0>();
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();  // K and V, where there was no step
   store_keys<C>(p, smem, work, acc_dk, acc_dv);
 }
 
@@ -343,13 +430,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(128) unsigned char shared[];
   auto& smem = *reinterpret_cast<typename C::Smem*>(shared);
   const int heads_k = static_cast<int>(p.problem.forward.k.heads());
-  const int item = static_cast<int>(blockIdx.x / p.n_tiles);
+  const int items = static_cast<int>(gridDim.x) / p.n_tiles;
+  const ItemTile block = item_tile(static_cast<int>(blockIdx.x), items, p.items_at_once, p.n_tiles);
   BackwardWork work{};
-  work.at = slice_of(p.problem.forward, item / heads_k);
-  work.head_k = item % heads_k;
-  work.n_tile = static_cast<int>(blockIdx.x % p.n_tiles);
+  work.at = slice_of(p.problem.forward, block.item / heads_k);
+  work.limits = p.limits + p.tiles.index(work.at, 0);
+  work.head_k = block.item % heads_k;
+  work.n_tile = block.tile;
   work.key0 = work.n_tile * C::tile.tile_n;
-  if (work.key0 >= work.at.k.length) return;
+  ptx::launch_dependents();
+  if (work.key0 >= work.at.k.length) return ptx::wait_for_kernel_before();
   differentiate_keys<C>(p, smem, work);
 }
 

@@ -138,13 +138,13 @@ template <int kM, int kN, class Left, class Right>
 __device__ __forceinline__ void matmul_tn(Accumulator<kM, kN>& acc, const Left& left, int row,
                                           const Right& right, int col) {
   static_assert(Left::kRows == Right::kRows && kN % 2 == 0);
-  static_assert(kM == 1);
   const auto from_left = left_transposed_of(left, row);
   const auto from_right = right_transposed_of<8 * kN>(right, col);
 #pragma unroll
   for (int k = 0; k < Left::kRows / 16; ++k) {
     std::uint32_t a[kM][4];
-    ptx::ldmatrix_trans(a[0], from_left.at(16 * k, 0));
+#pragma unroll
+    for (int m = 0; m < kM; ++m) ptx::ldmatrix_trans(a[m], from_left.at(16 * k, 2 * m));
 #pragma unroll
     for (int pair = 0; pair < kN / 2; ++pair) {
       std::uint32_t b[4];
