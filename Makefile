@@ -62,7 +62,8 @@ test-gpu-python: gpu $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## PyTorch, Tra
 sanitize-gpu: gpu build-ci  ## a few GPU tests under compute-sanitizer; TOOL=racecheck takes another of its tools
 	@command -v compute-sanitizer >/dev/null || \
 	  { echo "make sanitize-gpu needs compute-sanitizer, which a full CUDA installation has" >&2; exit 1; }
-	compute-sanitizer --tool $(TOOL) --error-exitcode 1 build/ci/tests/tile/tile_test --gtest_brief=1
+	for test in build/ci/tests/tile/tile*_test; do \
+	  compute-sanitizer --tool $(TOOL) --error-exitcode 1 $$test --gtest_brief=1 || exit 1; done
 	HEED_TEST_ROWS=sm compute-sanitizer --tool $(TOOL) --error-exitcode 1 \
 	  build/ci/tests/kernels_test --gtest_brief=1 --gtest_filter='$(SUBSET)'
 

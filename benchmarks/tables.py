@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-GPU_FAMILIES = {"sm80": "NVIDIA GPUs of sm_80 and newer"}
+GPU_FAMILIES = {"sm80": "NVIDIA GPUs of sm_80 and newer", "sm90": "Hopper: H100, H200"}
 
 
 def support_table(data: dict) -> str:
@@ -128,7 +128,8 @@ def gpu_summary(data: dict) -> str:
 
 
 def cuda_build_table(data: dict, part: str) -> str:
-    """What kernels cost on sm_90, a line per pass and head_dim; `totals`: what the build costs."""
+    """What kernels of a family cost on sm_90, a line per pass and head_dim; `totals`: what the
+    build costs."""
     m, t, limits = data["machine"], data["totals"], data["limits"]
     where = f"nvcc {m['nvcc']}, {m['date']}, commit `{m['commit']}`: `{m['command']}`"
     if part == "totals":
@@ -142,27 +143,38 @@ def cuda_build_table(data: dict, part: str) -> str:
         ]
         on = f"{m['cpu']}, load average {m['load']}, GPUs `{m['archs']}`"
         return "\n".join([*lines, "", f"{on}, {where}"])
+    family = part or "sm80"
+    code = {"sm80": "sm_90", "sm90": "sm_90a"}[family]
+    scores = [s for s in ("plain", "softcap", "general") if family == "sm80" or s != "general"]
     head = ["pass", "head_dim", "tile", "warps", "shared memory", "registers"]
-    head += [f"spill bytes, {score}" for score in ("plain", "softcap", "general")]
+    head += [f"spill bytes, {score}" for score in scores]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     groups: dict[tuple, list[dict]] = {}
     for k in data["kernels"]:
-        if "tile" in k and k["kernel"] != "finish_dq" and "sm_90" in k["archs"]:
-            pass_name = re.sub(r"^sm80_|_hdim.*$", "", k["file"])
+        if k.get("family") == family and k["kernel"] != "finish_dq" and code in k["archs"]:
+            pass_name = re.sub(rf"^{family}_|_hdim.*$", "", k["file"])
             groups.setdefault((pass_name, k["tile"]["head_dim"]), []).append(k)
     for name in PASSES:
         for dim in sorted(d for n, d in groups if n == name):
             group = groups[name, dim]
             tile = group[0]["tile"]
-            size = f"{tile['tile_m']} x {tile['tile_n']}"
-            warps = tile.get("warps") or tile["tile_n"] // tile["keys"] * tile["share"]
-            row_name = f"sm80/{group[0]['kernel']}/bf16/hdim{dim}/plain/{size.replace(' ', '')}"
+            if family == "sm90":
+                tile_m, warps = 64 * tile["consumers"], 4 + 4 * tile["consumers"]
+            else:
+                tile_m = tile["tile_m"]
+                warps = tile.get("warps") or tile["tile_n"] // tile["keys"] * tile["share"]
+            size = f"{tile_m} x {tile['tile_n']}"
+            narrow = f"v{tile['head_dim_v']}" if tile.get("head_dim_v", dim) < dim else ""
+            row_name = (
+                f"{family}/{group[0]['kernel']}/bf16/hdim{dim}{narrow}/plain/"
+                f"{size.replace(' ', '')}"
+            )
             smem = data["smem_bytes"].get(row_name)
             spills = []
-            for score in ("plain", "softcap", "general"):
-                of_score = [k["archs"]["sm_90"] for k in group if k["score"] == score]
+            for score in scores:
+                of_score = [k["archs"][code] for k in group if k["score"] == score]
                 spills.append(str(max((c["spill_bytes"] for c in of_score), default="-")))
-            registers = max(k["archs"]["sm_90"]["registers"] for k in group)
+            registers = max(k["archs"][code]["registers"] for k in group)
             row = [name, str(dim), size, str(warps), f"{smem / 1024:.0f} KB" if smem else "-"]
             lines.append(f"| {' | '.join([*row, str(registers), *spills])} |")
     return "\n".join(
@@ -170,7 +182,8 @@ def cuda_build_table(data: dict, part: str) -> str:
     )
 
 
-PASSES = ["forward", "decode", "decode_compact", "decode_wide", "backward", "backward_compact"]
+PASSES = ["forward", "forward_narrow", "decode", "decode_compact", "decode_wide"]
+PASSES += ["backward", "backward_compact"]
 
 
 def table_of(data: dict, part: str) -> str:

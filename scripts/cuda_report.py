@@ -35,9 +35,10 @@ COMPILED = re.compile(
 )
 # A kernel's template arguments: element, tile, score.
 ATTENTION = re.compile(
-    r"4heed4sm80\d+(?P<kernel>forward|decode|backward|finish_dq)I\w*?Config"
+    r"4heed4(?P<family>sm80|sm90)\d+(?P<kernel>forward|decode|backward|finish_dq)I\w*?Config"
     r"INS_\d(?P<dtype>b?f16)E\w*?TileE(?P<tile>(?:L[ib]\d+E)+)E\w*?\d(?P<score>Plain|Softcap|General)Score"
 )
+HOPPER_FORWARD = ("head_dim", "head_dim_v", "consumers", "tile_n", "stages", "turns", "own_out")
 FORWARD = ("head_dim", "tile_m", "tile_n", "warps", "ctas", "packed", "stages", "key_warps")
 BACKWARD = ("head_dim", "tile_m", "tile_n", "keys", "share", "stages")
 
@@ -57,6 +58,10 @@ def compile_one(command: list[str]) -> int:
     if done.returncode:
         sys.stderr.write(done.stdout + done.stderr)
         return done.returncode
+    # Products of Hopper's tensor cores that the assembler puts one after another.
+    if re.search(r"C75\d\d", done.stderr + done.stdout):
+        sys.stderr.write(done.stderr + done.stdout)
+        return 1
     report = {
         "file": Path(command[command.index("-c") + 1]).name,
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
@@ -75,7 +80,10 @@ def kernels_in(text: str) -> list[dict]:
         if found := ATTENTION.search(match["symbol"]):
             tile = [int(n) for n in re.findall(r"L[ib](\d+)E", found["tile"])]
             names = BACKWARD if "Backward" in match["symbol"] else FORWARD
+            if found["family"] == "sm90":
+                names = HOPPER_FORWARD
             kernel |= {
+                "family": found["family"],
                 "kernel": found["kernel"],
                 "dtype": found["dtype"],
                 "score": found["score"].lower(),

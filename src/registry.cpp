@@ -17,6 +17,10 @@ namespace {
 
 bool is_gpu(const KernelRow& row) { return row.arch >= Arch::sm80; }
 
+int most_head_dim_v(const KernelRow& row) {
+  return row.max_head_dim_v > 0 ? row.max_head_dim_v : row.max_head_dim;
+}
+
 }  // namespace
 
 const char* name_of(Arch arch) {
@@ -33,9 +37,11 @@ const char* name_of(Pass pass) {
 std::string name_of(const KernelRow& row) {
   std::string name =
       std::string(name_of(row.arch)) + "/" + name_of(row.pass) + "/" + name_of(row.dtype);
-  if (row.arch >= Arch::sm80)
-    name += "/hdim" + std::to_string(row.max_head_dim) + "/" + name_of(row.score) + "/" +
-            std::to_string(row.tile_m) + "x" + std::to_string(row.tile_n);
+  if (row.arch < Arch::sm80) return name;
+  name += "/hdim" + std::to_string(row.max_head_dim);
+  if (row.max_head_dim_v > 0) name.append("v").append(std::to_string(row.max_head_dim_v));
+  name.append("/").append(name_of(row.score)).append("/");
+  name += std::to_string(row.tile_m) + "x" + std::to_string(row.tile_n);
   return name;
 }
 
@@ -84,10 +90,19 @@ Mismatch mismatch(const KernelRow& row, const Request& request) {
   if (row.dtype != request.dtype) return Mismatch::dtype;
   if (!serves(row.arch, request.arch)) return Mismatch::arch;
   if (row.score != request.score && row.score != ScoreKind::general) return Mismatch::score;
-  if (request.head_dim > row.max_head_dim) return Mismatch::head_dim;
+  if (request.head_dim > row.max_head_dim || request.head_dim_v > most_head_dim_v(row))
+    return Mismatch::head_dim;
   if (row.max_query_rows > 0 && request.query_rows > row.max_query_rows)
     return Mismatch::query_rows;
   if (row.smem_bytes > request.smem_bytes) return Mismatch::smem;
+  if (row.bulk) {
+    if (!request.bulk) return Mismatch::alignment;
+    if (request.negative_scale) return Mismatch::scale;
+    if (request.page_size % 8 != 0 ||
+        (request.page_size > 0 && row.tile_n % request.page_size != 0 &&
+         request.page_size % row.tile_n != 0))
+      return Mismatch::page_size;
+  }
   if (request.force != nullptr && name_of(row).rfind(request.force, 0) != 0)
     return Mismatch::forced;
   return Mismatch::none;
@@ -101,9 +116,23 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
     case Mismatch::arch:
       return std::string("needs ") + name_of(row.arch) + ", this device is " +
              name_of(request.arch);
-    case Mismatch::head_dim:
-      return "takes head_dim up to " + std::to_string(row.max_head_dim) + ", here " +
-             std::to_string(request.head_dim);
+    case Mismatch::head_dim: {
+      std::string text = "takes head_dim up to " + std::to_string(row.max_head_dim);
+      if (row.max_head_dim_v > 0)
+        text.append(", of v up to ").append(std::to_string(row.max_head_dim_v));
+      text.append(", here ").append(std::to_string(request.head_dim));
+      if (request.head_dim_v != request.head_dim)
+        text.append(", of v ").append(std::to_string(request.head_dim_v));
+      return text;
+    }
+    case Mismatch::alignment:
+      return "needs q, k and v that repeat no axis, with head_dim and strides that are multiples "
+             "of 8 "
+             "and addresses that are multiples of 16 bytes";
+    case Mismatch::scale: return "needs a scale of at least 0";
+    case Mismatch::page_size:
+      return "needs pages of a multiple of 8 keys that divide or are divided by tiles of " +
+             std::to_string(row.tile_n) + ", here " + std::to_string(request.page_size);
     case Mismatch::query_rows:
       return "takes up to " + std::to_string(row.max_query_rows) +
              " query rows per key head, here " + std::to_string(request.query_rows);

@@ -24,7 +24,7 @@ struct KernelRow {
   DType operand;  // what P and dS are rounded to before they are multiplied again
   int tile_m;     // query rows per step
   int tile_n;     // keys per step
-  int max_head_dim;
+  int max_head_dim;    // of q and k, and of v unless max_head_dim_v says otherwise
   int max_query_rows;  // decode: most rows seqlen_q * heads_q / heads_k of one key head; 0: any
 
   // Scratch bytes of a plan, and the kernel itself. Both see validated problems only.
@@ -35,7 +35,11 @@ struct KernelRow {
 
   ScoreKind score = ScoreKind::general;  // the most that it computes; CPU kernels take everything
   int smem_bytes = 0;                    // GPU: shared memory of a block
-  int ctas = 0;                          // GPU decode: blocks that a multiprocessor holds
+  int ctas = 0;                          // GPU, where keys may be split: blocks per multiprocessor
+  // GPU: the copy engine brings q, k and v. Their rows begin at multiples of 16 bytes, the scale is
+  // not negative, and tiles and pages fit into each other.
+  bool bulk = false;
+  int max_head_dim_v = 0;  // 0: max_head_dim
 };
 // "avx512/forward/bf16"; of a GPU also head_dim, score and tile:
 // "sm80/forward/bf16/hdim64/plain/128x128".
@@ -54,6 +58,9 @@ enum class Mismatch : std::uint8_t {
   dtype,
   score,
   head_dim,
+  alignment,
+  scale,
+  page_size,
   query_rows,
   smem,
   forced
@@ -66,8 +73,12 @@ struct Request {
   std::int64_t head_dim;
   std::int64_t query_rows;
   const char* force = nullptr;  // null: none
+  std::int64_t head_dim_v = 0;
   ScoreKind score = ScoreKind::plain;
   int smem_bytes = 0;  // GPU: that a block can have
+  bool bulk = true;    // is_bulk() of the problem
+  bool negative_scale = false;
+  int page_size = 0;  // 0: no pages
 };
 // Whether a device of one family runs the kernels of another.
 bool serves(Arch row, Arch device);

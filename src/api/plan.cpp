@@ -5,6 +5,7 @@
 #include <string>
 
 #include "api/validate.hpp"
+#include "core/layout.hpp"
 #include "core/schedule.hpp"
 #include "core/sequence.hpp"
 #include "registry.hpp"
@@ -27,11 +28,15 @@ Request request_of(Pass pass, const ForwardProblem& p, const Device& device,
   return {.pass = pass,
           .dtype = p.q.dtype,
           .arch = device.arch,
-          .head_dim = p.q.head_dim() > p.v.head_dim() ? p.q.head_dim() : p.v.head_dim(),
+          .head_dim = p.q.head_dim(),
           .query_rows = group * max_seqlen_q(p),
           .force = forced_kernel(options),
+          .head_dim_v = p.v.head_dim(),
           .score = score_kind(p),
-          .smem_bytes = device.smem_bytes > 0 ? device.smem_bytes : most_smem_bytes(device.arch)};
+          .smem_bytes = device.smem_bytes > 0 ? device.smem_bytes : most_smem_bytes(device.arch),
+          .bulk = is_bulk(p),
+          .negative_scale = p.score.scale.value_or(1.f) < 0.f,
+          .page_size = p.paged.page_table == nullptr ? 0 : static_cast<int>(p.k.shape[1])};
 }
 
 Status no_kernel(const Request& request) {
@@ -56,7 +61,8 @@ Status no_kernel(const Request& request) {
     return {Code::unsupported, std::string("q.dtype = ") + name_of(request.dtype) +
                                    " must be one of " + dtypes + " for " + name_of(request.pass) +
                                    " on " + name_of(request.arch)};
-  return {Code::unsupported, "q.head_dim or v.head_dim = " + std::to_string(request.head_dim) +
+  return {Code::unsupported, "q.head_dim or v.head_dim = " +
+                                 std::to_string(std::max(request.head_dim, request.head_dim_v)) +
                                  " must be at most " + std::to_string(head_dim) + " for " +
                                  name_of(request.pass) + " on " + name_of(request.arch)};
 }
@@ -73,11 +79,13 @@ int cpu_splits(const ForwardProblem& p, int wanted) {
 
 int splits_of(const KernelRow& row, const ForwardProblem& p, const Device& device,
               const Options& options) {
-  if (row.pass != Pass::decode) return 1;
+  if (row.pass != Pass::decode && !row.bulk) return 1;
   if (device.is_cpu()) return cpu_splits(p, options.splits);
-  const std::int64_t group = p.k.heads() == 0 ? 1 : p.q.heads() / p.k.heads();
+  // Decode packs the query heads of a key head into its tiles; a forward has tiles of each.
+  const std::int64_t heads = row.pass == Pass::decode ? p.k.heads() : p.q.heads();
+  const std::int64_t group = heads == 0 ? 1 : p.q.heads() / heads;
   const std::int64_t tiles = (max_seqlen_q(p) * group + row.tile_m - 1) / row.tile_m;
-  return gpu_splits({.tasks = batch_entries(p) * p.k.heads() * tiles,
+  return gpu_splits({.tasks = batch_entries(p) * heads * tiles,
                      .slots = std::int64_t{device.units} * row.ctas,
                      .keys = max_seqlen_k(p),
                      .tile_n = row.tile_n},

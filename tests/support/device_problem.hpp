@@ -238,15 +238,7 @@ class DeviceProblem {
   TensorView moved(const TensorView& host, Piece& piece) {
     TensorView device = host;
     const std::size_t size = size_of(host.dtype);
-    if (aligned_) {
-      std::int64_t stride = (host.head_dim() + 7) / 8 * 8;
-      device.stride[static_cast<std::size_t>(host.rank - 1)] = 1;
-      for (int d = host.rank - 2; d >= 0; --d) {
-        const auto at = static_cast<std::size_t>(d);
-        device.stride[at] = stride;
-        stride = stride * std::max<std::int64_t>(1, host.shape[at]) + 8;
-      }
-    }
+    if (aligned_) device = aligned_strides(host);
     piece.image.resize(static_cast<std::size_t>(extent(device)) * size);
     const std::uint64_t bits = poison_bits(host.dtype, host_.poison);
     for (std::size_t i = 0; i < piece.image.size(); i += size)

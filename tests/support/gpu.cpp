@@ -13,7 +13,7 @@ Status run_on_gpu(const Plan& plan, Problem& problem) {
     return made;
   }();
   arena.reset();
-  DeviceProblem device(problem, arena, problem.poison != Poison::nan);
+  DeviceProblem device(problem, arena, plan.row->bulk || problem.poison != Poison::nan);
   const Workspace workspace = device.workspace(plan.workspace_bytes);
   arena.send(stream);
   const Status status = plan.row->pass == Pass::backward

@@ -109,6 +109,19 @@ void for_each_element(const TensorView& t, const Body& body) {
           body((packed ? 0 : b * t.stride[0]) + s * t.seqlen_stride() + h * t.head_stride() + c);
 }
 
+// A view of the same shape whose rows begin at multiples of 8 elements, a gap after each axis.
+template <class View>
+View aligned_strides(View view) {
+  std::int64_t stride = (view.head_dim() + 7) / 8 * 8;
+  view.stride[static_cast<std::size_t>(view.rank - 1)] = 1;
+  for (int d = view.rank - 2; d >= 0; --d) {
+    const auto at = static_cast<std::size_t>(d);
+    view.stride[at] = stride;
+    stride = stride * (view.shape[at] > 1 ? view.shape[at] : 1) + 8;
+  }
+  return view;
+}
+
 class Problem {
  public:
   // The same shape, dtype and seed hold the same numbers and lengths whatever the poison.

@@ -47,8 +47,20 @@ Status run_planned(const Plan& plan, const AnyProblem& problem, Problem& owner,
   return {};
 }
 
+ForwardProblem& forward_of(ForwardProblem& problem) { return problem; }
+ForwardProblem& forward_of(BackwardProblem& problem) { return problem.forward; }
+
+// The problem as the row gets it, for planning: in device memory tensors may be laid out anew.
 template <class AnyProblem>
-Result<Plan> plan_row(const KernelRow& row, const AnyProblem& problem, const RunOptions& options) {
+Result<Plan> plan_row(const KernelRow& row, AnyProblem problem, const RunOptions& options) {
+  if (row.bulk) {
+    ForwardProblem& f = forward_of(problem);
+    for (ConstTensorView* view : {&f.q, &f.k, &f.v}) {
+      *view = aligned_strides(*view);
+      view->data = reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(view->data) &
+                                                 ~std::uintptr_t{15});
+    }
+  }
   const std::string name = name_of(row);
   Result<Plan> made = plan(
       problem, machine_of(row, options.workers),

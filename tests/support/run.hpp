@@ -1,6 +1,6 @@
 // Runs one kernel of the table on a test problem, in an exact and guarded workspace. A GPU kernel
 // gets a copy of the problem between guards in device memory: in the host's strides, most of them
-// odd, where the poison is NaN, else in strides that allow copies of 16 bytes.
+// odd, where the poison is NaN and the row takes them, else in strides that allow copies of 16 bytes.
 #pragma once
 
 #include <string>

@@ -1,6 +1,8 @@
 // src/cuda/tile/fragment.cuh: what a warp's lanes hold, and how it leaves them.
 #include "cuda/tile/fragment.cuh"
 
+#include "cuda/tile/gemm.cuh"
+
 #include "tile/support.cuh"
 
 namespace heed::test {
@@ -166,19 +168,23 @@ struct Store {
   using Shared = Tile;
   const float* a;  // [kRows][kCols]
   int row, col;
+  bool matrices;
   typename Tile::Element* out;
 
   __device__ void operator()(Tile& tile) const {
     Fragment x;
     fill(x, a, kCols);
-    tile::store(tile, row, x, col);
+    if (matrices)
+      tile::store_matrices(tile, row, x, col);
+    else
+      tile::store(tile, row, x, col);
     __syncthreads();
     unload(tile, out);
   }
 };
 
 template <class Element, int kTileCols>
-void check_store(int row0, int col0) {
+void check_store(int row0, int col0, bool matrices) {
   SCOPED_TRACE(std::to_string(kTileCols) + " columns, to row " + std::to_string(row0) +
                ", column " + std::to_string(col0));
   constexpr int kTileRows = 64;
@@ -186,7 +192,7 @@ void check_store(int row0, int col0) {
   const DeviceArray<float> a_device(rounded<float>(a));
   const DeviceArray<Element> out(kTileRows * kTileCols);
   launch(Store<tile::SharedTile<Element, kTileRows, kTileCols>>{a_device.data(), row0, col0,
-                                                                out.data()});
+                                                                matrices, out.data()});
   Matrix expected(kTileRows, kTileCols, 0xFFFF);  // as shared memory was before
   for (int row = 0; row < kRows; ++row)
     for (int col = 0; col < kCols; ++col)
@@ -195,10 +201,17 @@ void check_store(int row0, int col0) {
 }
 
 TEST_F(TileFragment, StoreRoundsIntoItsPartOfATile) {
-  check_store<bf16, 32>(0, 0);
-  check_store<bf16, 64>(32, 32);
-  check_store<f16, 96>(16, 64);
-  check_store<f16, 256>(32, 216);
+  check_store<bf16, 32>(0, 0, false);
+  check_store<bf16, 64>(32, 32, false);
+  check_store<f16, 96>(16, 64, false);
+  check_store<f16, 256>(32, 216, false);
+}
+
+TEST_F(TileFragment, StoreMatricesRoundsIntoItsPartOfATile) {
+  check_store<bf16, 32>(0, 0, true);
+  check_store<bf16, 64>(32, 32, true);
+  check_store<f16, 96>(16, 64, true);
+  check_store<f16, 256>(32, 192, true);
 }
 
 enum class Step { store, add, load };
@@ -247,6 +260,47 @@ TEST_F(TileFragment, StoreAddAndLoadInTheOrderOfTheRegisters) {
   for (std::size_t i = 0; i < sum.at.size(); ++i) sum.at[i] += a.at[i] + b.at[i];
   expect_equal(sum, matrix_of(kAllRows, kCols, c_device.values()),
                "store_in_order, add_to_global, add_in_order");
+}
+
+// A warp's rows to memory, every other one.
+template <class Element, int kColumns>
+struct StoreGlobal {
+  using Shared = Nothing;
+  const float* from;  // [kRows][kColumns]
+  Element* out;       // [kRows][stride]
+  int stride, channels;
+  bool wide;
+
+  __device__ void operator()(Shared&) const {
+    tile::Accumulator<kM, kColumns / 8> x;
+    fill(x, from, kColumns);
+    tile::store_global<Element>(x, wide, channels, [&](int slot) {
+      const int row = slot / 2 * 16 + slot % 2 * 8 + tile::lane() / 4;
+      return row % 2 == 0 ? out + row * stride : nullptr;
+    });
+  }
+};
+
+template <class Element, int kColumns>
+void check_store_global(int channels, bool wide) {
+  SCOPED_TRACE(std::to_string(kColumns) + " columns, " + std::to_string(channels) + " channels");
+  const int stride = wide ? kColumns + 8 : kColumns + 3;
+  const Matrix from = small_integers(kRows, kColumns, 3);
+  const DeviceArray<float> from_device(rounded<float>(from));
+  const DeviceArray<Element> out(static_cast<std::size_t>(kRows * stride));
+  launch(StoreGlobal<Element, kColumns>{from_device.data(), out.data(), stride, channels, wide});
+  Matrix expected(kRows, stride, 0xFFFF);  // what nobody writes
+  for (int row = 0; row < kRows; row += 2)
+    for (int c = 0; c < channels; ++c)
+      expected(row, c) = from_float<Element>(static_cast<float>(from(row, c))).bits;
+  expect_equal(expected, bits_of(kRows, stride, out.values()), "rows");
+}
+
+TEST_F(TileFragment, StoreGlobalWritesTheRowsThatHaveAnAddress) {
+  check_store_global<bf16, 64>(64, true);
+  check_store_global<f16, 96>(96, true);
+  check_store_global<bf16, 128>(72, true);
+  for (const int channels : {1, 7, 61, 64}) check_store_global<f16, 64>(channels, false);
 }
 
 }  // namespace

@@ -305,5 +305,36 @@ TEST_F(TileRowwise, StatesOfPartsMerge) {
   expect_equal(expected, actual, "lse", kTolerance);
 }
 
+struct Finish {
+  using Shared = Nothing;
+  SoftmaxState keys;
+  float sink;
+  tile::RowResult* out;
+
+  __device__ void operator()(Shared&) const { *out = tile::finish_row(keys, sink); }
+};
+
+TEST_F(TileRowwise, FinishRowNormalisesAndAddsTheSink) {
+  const auto finish = [](SoftmaxState keys, float sink) {
+    const DeviceArray<tile::RowResult> out(1);
+    launch(Finish{keys, sink, out.data()});
+    return out.values().front();
+  };
+  for (const float max : {-30.f, 0.f, 5.f})
+    for (const float sum : {1.f, 3.f, 1e6f})
+      for (const float sink : {-kInfinity, -40.f, 0.f, 9.f}) {
+        const double scale = std::exp2(static_cast<double>(max)), keys = sum * scale;
+        const double all = keys + std::exp2(static_cast<double>(sink));
+        const tile::RowResult r = finish({max, sum}, sink);
+        EXPECT_NEAR(r.factor / (scale / all), 1., 1e-6) << max << " " << sum << " " << sink;
+        EXPECT_NEAR(r.lse, std::log(all), 1e-6 * (1 + std::abs(std::log(all))));
+      }
+  EXPECT_EQ(finish({}, -kInfinity).factor, 0.f);
+  EXPECT_EQ(finish({}, -kInfinity).lse, -kInfinity);
+  EXPECT_EQ(finish({}, 2.f).factor, 0.f);
+  EXPECT_NEAR(finish({}, 2.f).lse, 2 * kLn2, 1e-6);
+  EXPECT_TRUE(std::isnan(finish({0.f, NAN}, -kInfinity).factor));
+}
+
 }  // namespace
 }  // namespace heed::test

@@ -70,7 +70,7 @@ struct Nothing {};
 // Shared memory is all 0xFF when the body starts.
 template <class Body>
 __global__ void run(const __grid_constant__ Body body) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   using Shared = typename Body::Shared;
   for (std::size_t i = threadIdx.x; i < sizeof(Shared); i += blockDim.x) shared[i] = 0xFF;
   __syncthreads();

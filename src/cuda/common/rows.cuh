@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/layout.hpp"
 #include "core/mask.hpp"
 #include "core/sequence.hpp"
 #include "heed/problem.hpp"
@@ -63,22 +64,23 @@ __device__ __forceinline__ bool may_have_holes(const ForwardProblem& p) {
   return p.paged.page_table != nullptr || p.intervals.bits != nullptr;
 }
 
-// This thread's share of the question whether any of the keys [begin, end) is missing.
+// The share of one of `threads` threads in the question whether any of the keys [begin, end) is
+// missing.
 __device__ __forceinline__ bool any_missing(const ForwardProblem& p, const SequenceSlice& at,
-                                            int begin, int end, int threads) {
+                                            int begin, int end, int thread, int threads) {
   if (begin >= end) return false;
   bool missing = false;
   if (p.paged.page_table != nullptr) {
     const int page_size = static_cast<int>(p.k.shape[1]);
     const std::int32_t* pages = p.paged.page_table + at.entry * p.paged.max_pages;
-    for (int i = begin / page_size + static_cast<int>(threadIdx.x); i <= (end - 1) / page_size;
+    for (int i = begin / page_size + thread; i <= (end - 1) / page_size;
          i += threads)
       missing = missing || pages[i] < 0 || pages[i] >= p.k.shape[0];
   }
   if (p.intervals.bits != nullptr) {
     // Each thread looks at the keys of one word, cut to the range.
     const int first_word = (at.k.slot + begin) / 32, last_word = (at.k.slot + end - 1) / 32;
-    for (int word = first_word + static_cast<int>(threadIdx.x); word <= last_word; word += threads)
+    for (int word = first_word + thread; word <= last_word; word += threads)
       missing = missing || !all_keys_valid(p.intervals, at, max_of(begin, 32 * word - at.k.slot),
                                            min_of(end, 32 * word + 32 - at.k.slot));
   }
@@ -90,14 +92,6 @@ template <class Element>
 __device__ __forceinline__ bool key_present(const ForwardProblem& p, const SequenceSlice& at,
                                             const KeyRows<Element>& rows, int key) {
   return rows.row(key) != nullptr && key_valid(p.intervals, at, key);
-}
-
-// Whether every row of a tensor begins at a multiple of 16 bytes and has whole 16-byte chunks.
-template <class View>
-bool is_wide(const View& x) {
-  bool wide = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.head_dim() % 8 == 0;
-  for (int d = 0; d + 1 < x.rank; ++d) wide = wide && (x.shape[d] == 1 || x.stride[d] % 8 == 0);
-  return wide;
 }
 
 }  // namespace heed::cuda

@@ -46,6 +46,24 @@ Status allow_shared_memory(int bytes) {
   return {};
 }
 
+// Code for sm_90 and later waits for the kernel before; what the driver compiles from the PTX of
+// compute_80 does not, whatever the GPU.
+template <auto kKernel>
+bool waits_for_kernel_before() {
+  static std::atomic<std::uint64_t> asked{0}, waits{0};  // a bit per device
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+  const std::uint64_t bit = std::uint64_t{1} << device;
+  if ((asked.load(std::memory_order_acquire) & bit) == 0) {
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)) == cudaSuccess &&
+        attributes.ptxVersion >= 90)
+      waits.fetch_or(bit, std::memory_order_relaxed);
+    asked.fetch_or(bit, std::memory_order_release);
+  }
+  return (waits.load(std::memory_order_relaxed) & bit) != 0;
+}
+
 // No blocks is no error: there is nothing to do.
 template <auto kKernel, class... Params>
 Status launch(const LaunchShape& shape, cudaStream_t stream, const Params&... params) {
@@ -64,7 +82,7 @@ Status launch(const LaunchShape& shape, cudaStream_t stream, const Params&... pa
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = shape.overlap && Device::cuda()->arch >= Arch::sm90 ? 1 : 0;
+  config.numAttrs = shape.overlap && waits_for_kernel_before<kKernel>() ? 1 : 0;
   return cuda_status(cudaLaunchKernelEx(&config, kKernel, params...), "launch");
 }
 

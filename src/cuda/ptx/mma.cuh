@@ -49,6 +49,16 @@ __device__ __forceinline__ void ldmatrix_trans(std::uint32_t (&r)[4], std::uint3
                : "memory");
 }
 
+// The inverse of ldmatrix, from sm_90 on: lane 4 g + t gives elements 2t, 2t + 1 of row g of every
+// matrix.
+__device__ __forceinline__ void stmatrix(std::uint32_t address, const std::uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
+
 // Two floats rounded to nearest even, `low` in the low half.
 template <class Element>
 __device__ __forceinline__ std::uint32_t pack(float low, float high);
@@ -70,6 +80,20 @@ __device__ __forceinline__ std::uint32_t pack<f16>(float low, float high) {
 __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x): absolute error at most 2^-22 between 0.5 and 2, relative error at most 2^-22 elsewhere.
+__device__ __forceinline__ float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x: relative error at most 2^-23.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -27,8 +27,7 @@
 #include "cuda/common/backward_rows.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
-#include "cuda/sm80/barrier.cuh"
-#include "cuda/sm80/store_matrices.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/sm80/tiles.hpp"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/gemm.cuh"
@@ -62,9 +61,9 @@ struct BackwardConfig {
     QueryTile q[tile.stages], dout[tile.stages];
     ScoreTile p, ds;
     cuda::BackwardRow rows[tile.stages][tile.tile_m];
-    Barrier arrived[tile.stages];  // Q, dO and the rows of a step are here
-    Barrier complete;              // all of its dS is
-    Barrier used;                  // all of its tiles have been read
+    ptx::Barrier arrived[tile.stages];  // Q, dO and the rows of a step are here
+    ptx::Barrier complete;              // all of its dS is
+    ptx::Barrier used;                  // all of its tiles have been read
     int first_tile, last_tile;
   };
   static_assert(tile.tile_m <= kThreads);
@@ -358,11 +357,11 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
       f.intervals.bits != nullptr && __syncthreads_or(present != (1u << 2 * C::kM) - 1);
 
   if (threadIdx.x == 0) {
-    for (Barrier& b : smem.arrived) b.init(C::kThreads);
+    for (ptx::Barrier& b : smem.arrived) b.init(C::kThreads);
     smem.complete.init(C::kWarps);
     smem.used.init(C::kWarps);
   }
-  const auto arrive = [](Barrier& b) {
+  const auto arrive = [](ptx::Barrier& b) {
     __syncwarp();
     if (tile::lane() == 0) b.arrive();
   };
@@ -399,8 +398,8 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
     if (i > 0) smem.used.wait((i - 1) & 1);
     // The tiles of the step before are free: for the next step's Q and dO, and for P and dS.
     if (kAhead && next.head < p.group) load(step, next, stage ^ 1);
-    store_matrices(smem.p, key_row, acc_s, first_col);
-    store_matrices(smem.ds, key_row, acc_dp, first_col);
+    tile::store_matrices(smem.p, key_row, acc_s, first_col);
+    tile::store_matrices(smem.ds, key_row, acc_dp, first_col);
     arrive(smem.complete);
     sync_share<C>();  // P and dS of these keys are complete
     tile::matmul_nn(acc_dv, smem.p, key_row, smem.dout[stage],

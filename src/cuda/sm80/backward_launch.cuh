@@ -127,13 +127,13 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
                               .dq = memory.dq,
                               .bounds = memory.bounds,
                               .turns = plan.deterministic ? memory.turns : nullptr,
-                              .q_wide = cuda::is_wide(f.q),
-                              .k_wide = cuda::is_wide(f.k),
-                              .v_wide = cuda::is_wide(f.v),
-                              .dout_wide = cuda::is_wide(b.dout),
-                              .dq_wide = cuda::is_wide(b.dq),
-                              .dk_wide = cuda::is_wide(b.dk),
-                              .dv_wide = cuda::is_wide(b.dv)};
+                              .q_wide = is_wide(f.q),
+                              .k_wide = is_wide(f.k),
+                              .v_wide = is_wide(f.v),
+                              .dout_wide = is_wide(b.dout),
+                              .dq_wide = is_wide(b.dq),
+                              .dk_wide = is_wide(b.dk),
+                              .dv_wide = is_wide(b.dv)};
   if (Status s = find_backward_rows(b, tiles, memory.rows, memory.limits, memory.bounds,
                                     {memory.dq, C::tile.tile_m * C::tile.head_dim, params.turns},
                                     queue.stream);

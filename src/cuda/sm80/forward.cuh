@@ -179,7 +179,8 @@ __device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::
   if (!cuda::may_have_holes(f)) return;
   work.holes =
       __syncthreads_or(cuda::any_missing(f, work.at, max_of(keys.begin, work.tiles.begin * kTileN),
-                                         min_of(keys.end, work.tiles.end * kTileN), C::kThreads));
+                                         min_of(keys.end, work.tiles.end * kTileN),
+                                         static_cast<int>(threadIdx.x), C::kThreads));
   if (work.holes) work.tiles.interior_end = work.tiles.interior_begin;
 }
 
@@ -248,17 +249,14 @@ __device__ __forceinline__ void store_out(const ForwardParams& p, typename C::Sm
   float factor[2 * C::kM];
 #pragma unroll
   for (int slot = 0; slot < 2 * C::kM; ++slot) {
-    const SoftmaxState keys = softmax.state(slot);
     const int row = work.row0 + warp_row + tile::slot_row(slot);
     const cuda::Place at = place_of<C>(p, work, row < work.rows ? row : 0);
-    SoftmaxState all = keys;
-    if (f.sink != nullptr) all = merge(all, {f.sink[at.head] * static_cast<float>(kLog2e), 1.f});
-    const float weight = all.max == keys.max ? 1.f : ptx::exp2(keys.max - all.max);
-    factor[slot] = keys.sum == 0.f ? 0.f : weight / all.sum;
+    const float sink =
+        f.sink == nullptr ? -kInfinity : f.sink[at.head] * static_cast<float>(kLog2e);
+    const tile::RowResult result = tile::finish_row(softmax.state(slot), sink);
+    factor[slot] = result.factor;
     if (f.lse != nullptr && row < work.rows && tile::lane() % 4 == 0)
-      f.lse[lse_index(f, work.at, at.head, at.row)] =
-          all.sum == 0.f ? -kInfinity  // no key; the sum of a NaN row is NaN
-                         : (all.max + log2f(all.sum)) * static_cast<float>(kLn2);
+      f.lse[lse_index(f, work.at, at.head, at.row)] = result.lse;
   }
   tile::scale_rows(acc_o, factor);
   __syncwarp();  // the warp alone read these rows of Q
@@ -457,10 +455,10 @@ ForwardParams forward_params(const ForwardProblem& f) {
   p.items = static_cast<int>(f.q.heads() * batch_entries(f));
   p.items_at_once = items_in_l2(f);
   p.group = f.k.heads() == 0 ? 1 : static_cast<int>(f.q.heads() / f.k.heads());
-  p.q_wide = cuda::is_wide(f.q);
-  p.k_wide = cuda::is_wide(f.k);
-  p.v_wide = cuda::is_wide(f.v);
-  p.out_wide = cuda::is_wide(f.out);
+  p.q_wide = is_wide(f.q);
+  p.k_wide = is_wide(f.k);
+  p.v_wide = is_wide(f.v);
+  p.out_wide = is_wide(f.out);
   p.splits = 1;
   return p;
 }

@@ -122,6 +122,58 @@ __device__ __forceinline__ void store(Tile& tile, int row, const Accumulator<kM,
       }
 }
 
+// The four lanes of a quad hold a 4 x 4 matrix, lane t column t; afterwards lane t holds row t.
+__device__ __forceinline__ void transpose_quad(std::uint32_t (&r)[4]) {
+  const bool odd = lane() % 2 != 0, high = lane() / 2 % 2 != 0;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {  // within pairs of lanes
+    const std::uint32_t other = __shfl_xor_sync(~0u, odd ? r[i] : r[i + 1], 1);
+    (odd ? r[i] : r[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {  // between the pairs
+    const std::uint32_t other = __shfl_xor_sync(~0u, high ? r[i] : r[i + 2], 2);
+    (high ? r[i] : r[i + 2]) = other;
+  }
+}
+
+// The first `count` of eight elements; rarely needed, so one text for all.
+template <class Element>
+__device__ __noinline__ void store_elements(Element* target, uint4 eight, int count) {
+  const std::uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+  for (int c = 0; c < 8; ++c)
+    if (c < count) target[c].bits = static_cast<std::uint16_t>(pairs[c / 2] >> 16 * (c % 2));
+}
+
+// Rounds to Element and writes the rows to memory: address(slot)[0 .. channels), nullptr: nothing.
+// `wide`: 16 bytes at a time, which needs addresses and channels that are multiples of 8 elements.
+template <class Element, int kM, int kN, class Address>
+__device__ __forceinline__ void store_global(const Accumulator<kM, kN>& acc, bool wide,
+                                             int channels, const Address& address) {
+  static_assert(kN % 4 == 0);
+#pragma unroll
+  for (int slot = 0; slot < 2 * kM; ++slot) {
+    Element* target = address(slot);
+#pragma unroll
+    for (int n = 0; n < kN; n += 4) {
+      std::uint32_t chunk[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&four)[4] = acc.at[slot / 2][n + i];
+        chunk[i] = ptx::pack<Element>(four[2 * (slot % 2)], four[2 * (slot % 2) + 1]);
+      }
+      transpose_quad(chunk);
+      const int first = 8 * (n + lane() % 4);
+      if (target == nullptr || first >= channels) continue;
+      if (wide)
+        *reinterpret_cast<uint4*>(target + first) = uint4{chunk[0], chunk[1], chunk[2], chunk[3]};
+      else
+        store_elements(target + first, {chunk[0], chunk[1], chunk[2], chunk[3]}, channels - first);
+    }
+  }
+}
+
 // fp32 accumulators in memory in the order of the registers: 512 bytes of consecutive memory
 // per warp and fragment. `base`: 32 kM kN * 4 floats of this warp, a multiple of 16 bytes.
 template <int kM, int kN>

@@ -154,4 +154,23 @@ __device__ __forceinline__ void matmul_tn(Accumulator<kM, kN>& acc, const Left& 
   }
 }
 
+// As store, whole matrices at a time where the GPU has stmatrix. `col` is a multiple of 8 kN.
+template <int kM, int kN, class Tile>
+__device__ __forceinline__ void store_matrices(Tile& target, int row,
+                                               const Accumulator<kM, kN>& acc, int col) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kN >= 4) {  // two columns of matrices are stored faster word by word
+    const LaneAddress<Tile, 8 * kN % 64 == 0 || 64 % (8 * kN) == 0> place(
+        target, row + lane() % 16, col / 8 + lane() / 16);
+    const auto a = to_operand<typename Tile::Element>(acc);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int k = 0; k < kN / 2; ++k) ptx::stmatrix(place.at(16 * m, 2 * k), a.at[m][k]);
+    return;
+  }
+#endif
+  store(target, row, acc, col);
+}
+
 }  // namespace heed::tile

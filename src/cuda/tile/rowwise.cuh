@@ -16,17 +16,22 @@ __device__ __forceinline__ float reduce_quad(float x, const Op& op) {
   return op(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Hides the columns (keys col0 + col) outside their row's limits. `limits`: of the warp's first
-// row.
+// Hides the columns (keys col0 + col) outside their slot's limits.
+template <int kM, int kN>
+__device__ __forceinline__ void mask_slots(Accumulator<kM, kN>& acc,
+                                           const RowLimits (&limits)[2 * kM], int col0) {
+  for_each(acc, [&](int slot, int col, float& x) {
+    if (col0 + col < limits[slot].first || col0 + col >= limits[slot].end) x = -kInfinity;
+  });
+}
+// The same with `limits` in memory, from those of the warp's first row on.
 template <int kM, int kN>
 __device__ __forceinline__ void mask_rows(Accumulator<kM, kN>& acc, const RowLimits* limits,
                                           int col0) {
   RowLimits row[2 * kM];
 #pragma unroll
   for (int slot = 0; slot < 2 * kM; ++slot) row[slot] = limits[slot_row(slot)];
-  for_each(acc, [&](int slot, int col, float& x) {
-    if (col0 + col < row[slot].first || col0 + col >= row[slot].end) x = -kInfinity;
-  });
+  mask_slots(acc, row, col0);
 }
 
 // Hides the columns whose bit is clear: column c has bit (col0 + c) % 32 of word (col0 + c) / 32.
@@ -57,10 +62,11 @@ struct RowSoftmax {
     }
   }
 
-  // scores * scale (scale > 0) are logits in log2 units; they become exp2(logit - max).
-  template <int kN, int kOut>
-  __device__ __forceinline__ void update(Accumulator<kM, kN>& scores, float scale,
-                                         Accumulator<kM, kOut>& out) {
+  // scores * scale (scale > 0) are logits in log2 units. Whether the sums before are to be
+  // multiplied by `factor`, which is written only then; the same answer in the whole warp.
+  template <int kN>
+  __device__ __forceinline__ bool raise(Accumulator<kM, kN>& scores, float scale,
+                                        float (&factor)[kSlots]) {
     float tile_max[kSlots];
 #pragma unroll
     for (float& x : tile_max) x = -kInfinity;
@@ -72,17 +78,20 @@ struct RowSoftmax {
           scale * reduce_quad(tile_max[slot], [](float a, float b) { return fmaxf(a, b); });
       grew = grew || tile_max[slot] > max[slot] + kGrowth;
     }
-    if (__any_sync(~0u, grew)) {
-      float factor[kSlots];
+    if (!__any_sync(~0u, grew)) return false;
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        const float larger = fmaxf(max[slot], tile_max[slot]);
-        factor[slot] = larger == -kInfinity ? 1.f : ptx::exp2(max[slot] - larger);
-        max[slot] = larger;
-        sum[slot] *= factor[slot];
-      }
-      scale_rows(out, factor);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const float larger = fmaxf(max[slot], tile_max[slot]);
+      factor[slot] = larger == -kInfinity ? 1.f : ptx::exp2(max[slot] - larger);
+      max[slot] = larger;
+      sum[slot] *= factor[slot];
     }
+    return true;
+  }
+
+  // After raise: the scores become exp2(logit - max).
+  template <int kN>
+  __device__ __forceinline__ void exponentiate(Accumulator<kM, kN>& scores, float scale) {
     float shift[kSlots];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
@@ -93,10 +102,36 @@ struct RowSoftmax {
     });
   }
 
+  template <int kN, int kOut>
+  __device__ __forceinline__ void update(Accumulator<kM, kN>& scores, float scale,
+                                         Accumulator<kM, kOut>& out) {
+    float factor[kSlots];
+    if (raise(scores, scale, factor)) scale_rows(out, factor);
+    exponentiate(scores, scale);
+  }
+
   // The whole row's statistics, in every lane of its quad.
   __device__ __forceinline__ SoftmaxState state(int slot) const {
     return {max[slot], reduce_quad(sum[slot], [](float a, float b) { return a + b; })};
   }
 };
+
+// What a row's sums are multiplied by, and its lse.
+struct RowResult {
+  float factor, lse;
+};
+
+// `sink` in log2 units; -inf: none.
+__device__ __forceinline__ RowResult finish_row(SoftmaxState keys, float sink) {
+  SoftmaxState all = keys;
+  float weight = 1.f;
+  if (sink != -kInfinity) {
+    all = merge(all, {sink, 1.f});
+    if (all.max != keys.max) weight = ptx::exp2(keys.max - all.max);
+  }
+  // A row without keys has the sum 0; the sum of a NaN row is NaN.
+  return {keys.sum == 0.f ? 0.f : weight * ptx::reciprocal(all.sum),
+          all.sum == 0.f ? -kInfinity : (all.max + ptx::log2(all.sum)) * static_cast<float>(kLn2)};
+}
 
 }  // namespace heed::tile

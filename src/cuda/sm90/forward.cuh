@@ -1,0 +1,758 @@
+// Forward attention on Hopper: out = softmax(score(q k^T)) v, and its lse.
+//
+// One CTA per multiprocessor computes one item after another: tile_m query rows of one head. Its
+// first warpgroup brings what the others need, in two warps. The scheduler finds items, one ahead:
+// rows, the limits of each, the tiles of keys that they see. The loader copies tiles of Q, K and V
+// by TMA. The other warpgroups consume: 64 rows each, both products by wgmma.
+//
+//   loader     K(n)  Q  V(n)  K(n-1)  V(n-1)  K(n-2) ...                           next item: K Q V
+//   consumer   S(n)  softmax | S(n-1)  O += P(n) V   | S(n-2)  O += P(n-1) V   | ...       store
+//                            |         softmax S(n-1)|         softmax S(n-2)  |
+//
+// The next S and this P V are under way together, and the next S's softmax runs under this P V.
+// Where `turns` is set, consumers begin their products one after the other, so that one's softmax
+// runs under the other's products as well.
+#pragma once
+
+#include <array>
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "core/layout.hpp"
+#include "core/mask.hpp"
+#include "core/schedule.hpp"
+#include "core/softmax_state.hpp"
+#include "core/workspace.hpp"
+#include "cuda/common/combine.cuh"
+#include "cuda/common/fill_gaps.cuh"
+#include "cuda/common/rows.cuh"
+#include "cuda/common/score.cuh"
+#include "cuda/host/launch.hpp"
+#include "cuda/host/tensor_map.hpp"
+#include "cuda/sm90/tiles.hpp"
+#include "cuda/tile/copy.cuh"
+#include "cuda/tile/pipeline.cuh"
+#include "cuda/tile/rowwise.cuh"
+#include "cuda/tile/warpgroup.cuh"
+#include "registry.hpp"
+
+namespace heed::sm90 {
+
+// An item, in shared memory.
+template <int kConsumers>
+struct ForwardWork {
+  SequenceSlice at;
+  int head, head_k;
+  int split;
+  int row0;                   // first row of the tile
+  int begin, end;             // tiles of keys that are copied
+  TileRange own[kConsumers];  // those that a consumer's rows see; the interior needs no mask
+  RowLimits limits[64 * kConsumers];  // of every row
+  // Keys outside may be anything in shared memory, and so may keys between them where there are
+  // holes.
+  int there_begin, there_end;
+  bool holes;
+  int whole_begin, whole_end;  // tiles without such keys
+  bool last;                   // there is no such item
+};
+
+template <class ElementType, ForwardTile kTile, class ScorePolicy>
+struct ForwardConfig {
+  using Element = ElementType;
+  using Score = ScorePolicy;
+  static constexpr ForwardTile tile = kTile;
+  static constexpr int kTileM = tile.tile_m();
+  static constexpr int kThreads = 128 * (tile.consumers + 1);
+  // Registers of a thread; 64 Ki in all.
+  static constexpr int kProducerRegisters = tile.consumers == 3   ? 32
+                                            : tile.head_dim > 192 ? 24
+                                                                  : 40;
+  static constexpr int kConsumerRegisters = tile.consumers == 3   ? 160
+                                            : tile.head_dim > 192 ? 240
+                                                                  : 232;
+  static constexpr int kItems = 2;  // found and not yet finished
+
+  using Work = ForwardWork<tile.consumers>;
+  using QueryTile = tile::PanelTile<Element, kTileM, tile.head_dim>;
+  using KeyTile = tile::PanelTile<Element, tile.tile_n, tile.head_dim>;
+  using ValueTile = tile::PanelTile<Element, tile.tile_n, tile.head_dim_v>;
+  using OutTile = tile::PanelTile<Element, kTileM, tile.head_dim_v>;
+  using Scores = tile::Accumulator<1, tile.tile_n / 8>;
+  using Weights = tile::Operand<1, tile.tile_n / 16>;
+  using Out = tile::Accumulator<1, tile.head_dim_v / 8>;
+
+  struct Nothing {};
+  struct Smem {
+    QueryTile q;
+    KeyTile k[tile.stages];
+    ValueTile v[tile.stages];
+    [[no_unique_address]] std::conditional_t<tile.own_out, OutTile, Nothing> out;
+    ptx::Barrier q_full[tile.consumers], q_empty[tile.consumers];
+    ptx::Barrier k_full[tile.stages], k_empty[tile.stages];
+    ptx::Barrier v_full[tile.stages], v_empty[tile.stages];
+    ptx::Barrier work_full[kItems], work_empty[kItems];
+    Work work[kItems];
+  };
+  static_assert(tile.head_dim_v <= tile.head_dim && tile.tile_n % 16 == 0);
+  static_assert(sizeof(Smem) <= 227 * 1024, "the tile does not fit in shared memory");
+};
+
+struct ForwardParams {
+  CUtensorMap q, k, v, out;
+  ForwardProblem problem;  // pointers are device pointers
+  float scale;             // > 0
+  int m_tiles;             // per entry
+  int items;               // heads of all entries
+  int items_at_once;       // whose keys and values stay in L2 together
+  int group;               // query heads of one key head
+  int boxes;               // copies per tile of keys: more than one with small pages
+  bool out_bulk;           // the copy engine may write out
+  bool out_wide;           // or threads may, 16 bytes at a time
+  // Where CTAs would have nothing to do, keys are split, and each part leaves sums relative to its
+  // own maximum.
+  int splits;
+  float* partial_out;            // [splits, rows of lse, head_dim_v of the tile]
+  SoftmaxState* partial_states;  // [splits, rows of lse]; an empty one has no partial_out
+  int* counter;                  // of items that CTAs took after their first; nullptr: no counting
+};
+
+// ---- scheduler ----
+
+// Keys that 64 rows see: some row [begin, end), every row the interior.
+__device__ __forceinline__ TileRange reduce_limits(const RowLimits* limits, int rows) {
+  int first = INT_MAX, end = 0, all_first = 0, all_end = INT_MAX;
+  for (int row = tile::lane(); row < min_of(rows, 64); row += 32) {
+    const RowLimits r = limits[row];
+    if (r.first < r.end) first = min_of(first, r.first);
+    end = max_of(end, r.end);
+    all_first = max_of(all_first, r.first);
+    all_end = min_of(all_end, r.end);
+  }
+  first = __reduce_min_sync(~0u, first);
+  end = __reduce_max_sync(~0u, end);
+  all_first = __reduce_max_sync(~0u, all_first);
+  all_end = __reduce_min_sync(~0u, all_end);
+  return end == 0 ? TileRange{} : TileRange{first, end, all_first, all_end};
+}
+
+// Item `index` of all; false: it has no rows.
+template <class C>
+__device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
+                                          typename C::Work& work) {
+  constexpr int kTileN = C::tile.tile_n, kConsumers = C::tile.consumers;
+  const ForwardProblem& f = p.problem;
+  const int lane = tile::lane();
+  if (lane == 0) {
+    const int heads = static_cast<int>(f.q.heads());
+    const ItemTile block = item_tile(index / p.splits, p.items, p.items_at_once, p.m_tiles);
+    work.at = slice_of(f, block.item / heads);
+    work.head = block.item % heads;
+    work.head_k = work.head / p.group;
+    work.split = index % p.splits;
+    // The last rows of an entry see the most keys under a causal band: they begin first.
+    work.row0 = (p.m_tiles - 1 - block.tile) * C::kTileM;
+  }
+  __syncwarp();
+  const int rows = work.at.q.length - work.row0;
+  if (rows <= 0) return false;
+  for (int i = lane; i < C::kTileM; i += 32)
+    work.limits[i] =
+        i < rows ? row_limits(f.band, work.at, f.intervals, work.row0 + i) : RowLimits{};
+  // Lane c finds what consumer c's rows see.
+  TileRange keys;
+  if (f.intervals.rows == nullptr) {
+    const int row0 = work.row0 + 64 * lane;
+    if (lane < kConsumers)
+      keys = kv_range(f.band, row0, row0 + 64, work.at.q.length, work.at.k.length);
+  } else {
+    __syncwarp();
+    for (int c = 0; c < kConsumers; ++c) {
+      const TileRange found = reduce_limits(work.limits + 64 * c, rows - 64 * c);
+      if (lane == c) keys = found;
+    }
+  }
+  const int end = __reduce_max_sync(~0u, keys.end);
+  const int begin = end == 0 ? 0 : __reduce_min_sync(~0u, keys.end > 0 ? keys.begin : INT_MAX);
+  const bool holes = cuda::may_have_holes(f) &&
+                     __any_sync(~0u, cuda::any_missing(f, work.at, begin, end, lane, 32));
+  const int first = begin / kTileN, per_split = ceil_div(ceil_div(end, kTileN) - first, p.splits);
+  const int begin_tile = first + work.split * per_split;
+  const int end_tile = max_of(begin_tile, min_of(begin_tile + per_split, ceil_div(end, kTileN)));
+  if (lane < kConsumers) {
+    TileRange own{max_of(begin_tile, keys.begin / kTileN),
+                  min_of(end_tile, ceil_div(keys.end, kTileN)),
+                  ceil_div(keys.interior_begin, kTileN), keys.interior_end / kTileN};
+    if (keys.end == 0 || own.begin >= own.end) own = {begin_tile, begin_tile, 0, 0};
+    if (holes) own.interior_end = own.interior_begin;
+    work.own[lane] = own;
+  }
+  if (lane > 0) return true;
+  work.begin = begin_tile;
+  work.end = end_tile;
+  // What intervals and bits hide from every row is not looked at. Behind the tensor's last row the
+  // copy engine writes zeros.
+  const bool by_row = f.intervals.rows != nullptr || f.intervals.bits != nullptr;
+  const bool to_the_end = work.at.k.token + work.at.k.length == key_capacity(f);
+  work.there_begin = by_row ? begin : 0;
+  work.there_end = by_row ? end : work.at.k.length;
+  work.holes = holes;
+  work.whole_begin = ceil_div(work.there_begin, kTileN);
+  work.whole_end = !by_row && to_the_end ? work.end : work.there_end / kTileN;
+  if (holes) work.whole_end = work.whole_begin;
+  return true;
+}
+
+// The CTA's item of a turn. Without a counter, turns go back and forth through the items, so that
+// no CTA has the heaviest of every turn.
+__device__ __forceinline__ int item_of(const ForwardParams& p, int turn) {
+  const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+  if (turn == 0 || p.counter == nullptr)
+    return turn * ctas + (turn % 2 == 0 ? cta : ctas - 1 - cta);
+  int taken = 0;
+  if (tile::lane() == 0) taken = atomicAdd(p.counter, 1);
+  return ctas + __shfl_sync(~0u, taken, 0);
+}
+
+template <class Work>
+__device__ __forceinline__ ptx::BoxStart first_query(const Work& work, int consumer) {
+  return {0, static_cast<int>(work.at.q.token) + work.row0 + 64 * consumer, work.head,
+          static_cast<int>(work.at.q.batch)};
+}
+
+template <class C>
+__device__ __forceinline__ void schedule(const ForwardParams& p, typename C::Smem& smem) {
+  const int count = p.items * p.m_tiles * p.splits, ctas = static_cast<int>(gridDim.x);
+  tile::PipelineState<C::kItems> at;
+#pragma unroll 1
+  for (int turn = 0;; ++turn) {
+    smem.work_empty[at.stage].wait(at.phase ^ 1);
+    const int item = item_of(p, turn);
+    // Without a counter, items of other CTAs may follow one that is behind the last.
+    const bool last = p.counter == nullptr ? turn * ctas >= count : item >= count;
+    typename C::Work& work = smem.work[at.stage];
+    if (!last && (item >= count || !find_work<C>(p, item, work))) continue;
+    if (tile::lane() == 0) work.last = last;
+    __syncwarp();
+    if (tile::lane() == 0) smem.work_full[at.stage].arrive();
+    if (last) return;
+    if (tile::lane() < C::tile.consumers)
+      C::QueryTile::prefetch(p.q, first_query(work, tile::lane()));
+    at.advance();
+  }
+}
+
+// ---- loader ----
+
+// Copies a tile of K or V; every lane brings a box where there are several.
+template <class Tile, class Work>
+__device__ __forceinline__ void load_keys(const ForwardParams& p, const Work& work, Tile& target,
+                                          const CUtensorMap& map, int n_tile, ptx::Barrier& full,
+                                          ptx::Barrier& empty, int phase) {
+  constexpr int kTileN = Tile::kRows;
+  const ForwardProblem& f = p.problem;
+  const int lane = tile::lane();
+  empty.wait(phase ^ 1);
+  if (lane == 0) full.arrive_and_expect(Tile::kLoadBytes);
+  __syncwarp();
+  if (lane >= p.boxes) return;
+  if (f.paged.page_table == nullptr) {
+    target.load(0, map,
+                {0, static_cast<int>(work.at.k.token) + n_tile * kTileN, work.head_k,
+                 static_cast<int>(work.at.k.batch)},
+                full);
+    return;
+  }
+  const int rows = kTileN / p.boxes, key = n_tile * kTileN + lane * rows;
+  const int page_size = static_cast<int>(f.k.shape[1]), pages = static_cast<int>(f.k.shape[0]);
+  int page = pages;  // none: zeros
+  if (key < work.at.k.length) {
+    page = f.paged.page_table[work.at.entry * f.paged.max_pages + key / page_size];
+    if (page < 0 || page > pages) page = pages;
+  }
+  target.load(lane * rows, map, {0, key % page_size, work.head_k, page}, full);
+}
+
+template <class C>
+__device__ __forceinline__ void load(const ForwardParams& p, typename C::Smem& smem) {
+  tile::PipelineState<C::kItems> item;
+  tile::PipelineState<C::tile.stages> at;
+#pragma unroll 1
+  for (int phase = 0;; phase ^= 1, item.advance()) {
+    smem.work_full[item.stage].wait(item.phase);
+    const typename C::Work& work = smem.work[item.stage];
+    if (work.last) return;
+    int n = work.end;
+    const auto load_k = [&] {
+      load_keys(p, work, smem.k[at.stage], p.k, n, smem.k_full[at.stage], smem.k_empty[at.stage],
+                at.phase);
+    };
+    // Stages are free earlier than Q: the first K goes before it.
+    if (--n >= work.begin) load_k();
+    if (tile::lane() == 0)
+      for (int c = 0; c < C::tile.consumers; ++c) {
+        smem.q_empty[c].wait(phase ^ 1);
+        smem.q_full[c].arrive_and_expect(C::QueryTile::kLoadBytes / C::tile.consumers);
+        smem.q.load(64 * c, p.q, first_query(work, c), smem.q_full[c]);
+      }
+    __syncwarp();
+#pragma unroll 1
+    while (n >= work.begin) {
+      load_keys(p, work, smem.v[at.stage], p.v, n, smem.v_full[at.stage], smem.v_empty[at.stage],
+                at.phase);
+      at.advance();
+      if (--n >= work.begin) load_k();
+    }
+    __syncwarp();
+    if (tile::lane() == 0) smem.work_empty[item.stage].arrive();
+  }
+}
+
+// ---- consumer ----
+
+// Named barriers: 1 to 3 say whose turn it is, 4 to 6 join a warpgroup.
+template <int kConsumers>
+struct Turns {
+  static __device__ __forceinline__ void wait(int consumer) {
+    if (consumer == 0) return ptx::named_sync<1, 256>();
+    if (kConsumers == 2 || consumer == 1) return ptx::named_sync<2, 256>();
+    ptx::named_sync<3, 256>();
+  }
+  static __device__ __forceinline__ void pass(int consumer) {
+    if (consumer == kConsumers - 1) return ptx::named_arrive<1, 256>();
+    if (kConsumers == 2 || consumer == 0) return ptx::named_arrive<2, 256>();
+    ptx::named_arrive<3, 256>();
+  }
+};
+__device__ __forceinline__ void sync_warpgroup(int consumer) {
+  if (consumer == 0) return ptx::named_sync<4, 128>();
+  if (consumer == 1) return ptx::named_sync<5, 128>();
+  ptx::named_sync<6, 128>();
+}
+
+// A warpgroup, and what it keeps from tile to tile and from item to item.
+template <class C>
+struct Consumer {
+  using Smem = typename C::Smem;
+  using Work = typename C::Work;
+  using Element = typename C::Element;
+  static constexpr int kTileN = C::tile.tile_n;
+
+  const ForwardParams& p;
+  Smem& smem;
+  int index;                 // among the consumers
+  bool first_thread;         // of the warpgroup
+  tile::Descriptor q, k, v;  // of the consumer's queries and of stage 0
+  tile::PipelineState<C::tile.stages> k_at, v_at;
+
+  __device__ __forceinline__ Consumer(const ForwardParams& params, Smem& shared, int consumer)
+      : p(params),
+        smem(shared),
+        index(consumer),
+        first_thread(threadIdx.x % 128 == 0),
+        q(shared.q.by_rows(64 * consumer)),
+        k(shared.k[0].by_rows()),
+        v(shared.v[0].by_columns()) {
+    if (index == C::tile.consumers - 1) pass_turn();
+  }
+
+  __device__ __forceinline__ void take_turn() {
+    if constexpr (C::tile.turns) Turns<C::tile.consumers>::wait(index);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (C::tile.turns) Turns<C::tile.consumers>::pass(index);
+  }
+  __device__ __forceinline__ void release(ptx::Barrier& empty) {
+    if (first_thread) empty.arrive();
+  }
+  // First row of the warp within the tile.
+  __device__ __forceinline__ int warp_row() const {
+    return 64 * index + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
+  }
+
+  // S = Q K^T, by the next tile of keys.
+  __device__ __forceinline__ void begin_scores(typename C::Scores& acc_s) {
+    smem.k_full[k_at.stage].wait(k_at.phase);
+    take_turn();
+    tile::begin_matmul_nt<typename C::QueryTile, typename C::KeyTile>(
+        acc_s, q, k + k_at.stage * static_cast<int>(sizeof(typename C::KeyTile)));
+  }
+  __device__ __forceinline__ void end_scores() {
+    release(smem.k_empty[k_at.stage]);
+    k_at.advance();
+  }
+  // O += P V
+  __device__ __forceinline__ void begin_out(typename C::Out& acc_o,
+                                            const typename C::Weights& weights) {
+    smem.v_full[v_at.stage].wait(v_at.phase);
+    tile::begin_matmul_nn<typename C::ValueTile>(
+        acc_o, weights, v + v_at.stage * static_cast<int>(sizeof(typename C::ValueTile)));
+  }
+  __device__ __forceinline__ void end_out() {
+    release(smem.v_empty[v_at.stage]);
+    v_at.advance();
+  }
+
+  // Lets `count` tiles of keys pass that only other consumers' rows see.
+  __device__ __forceinline__ void skip(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      smem.k_full[k_at.stage].wait(k_at.phase);
+      take_turn();
+      pass_turn();
+      end_scores();
+      smem.v_full[v_at.stage].wait(v_at.phase);
+      end_out();
+    }
+  }
+
+  __device__ __forceinline__ bool is_there(const Work& work, int key) const {
+    if (key < work.there_begin || key >= work.there_end) return false;
+    if (!work.holes) return true;
+    const auto rows = cuda::key_rows<Element>(p.problem, p.problem.k, work.at, work.head_k);
+    return cuda::key_present(p.problem, work.at, rows, key);
+  }
+
+  __device__ __forceinline__ void mask_holes(const Work& work, int n,
+                                             typename C::Scores& acc_s) const {
+    constexpr int kWords = (kTileN + 31) / 32;
+    std::uint32_t words[kWords];
+#pragma unroll
+    for (int word = 0; word < kWords; ++word)
+      words[word] = __ballot_sync(~0u, is_there(work, n * kTileN + 32 * word + tile::lane()));
+    tile::mask_columns(acc_s, words, 0);
+  }
+
+  // 0 times whatever stands in V for a key that is not there must be 0: clears those rows of tile
+  // n.
+  __device__ __forceinline__ void clear_missing(const Work& work, int n) {
+    if (n >= work.whole_begin && n < work.whole_end) [[likely]]
+      return;
+    smem.v_full[v_at.stage].wait(v_at.phase);
+    typename C::ValueTile& tile = smem.v[v_at.stage];
+    for (int row = static_cast<int>(threadIdx.x) % 128; row < kTileN; row += 128) {
+      if (is_there(work, n * kTileN + row)) continue;
+      for (int chunk = 0; chunk < C::ValueTile::kChunks; ++chunk)
+        *reinterpret_cast<uint4*>(tile.chunk(row, chunk)) = uint4{0, 0, 0, 0};
+    }
+    ptx::fence_async_proxy();
+    sync_warpgroup(index);
+  }
+
+  // Scores of tile n become weights relative to the rows' maxima. Whether what was summed before is
+  // to be multiplied by `factor`.
+  __device__ __forceinline__ bool normalise(const Work& work, TileRange tiles, int n,
+                                            typename C::Scores& acc_s, tile::RowSoftmax<1>& softmax,
+                                            float (&factor)[2]) {
+    const typename C::Score score(p.problem, work.at, p.scale);
+    float scale = 1.f;
+    if constexpr (C::Score::kScaled)
+      scale = score.factor;
+    else
+      tile::for_each(acc_s, [&](int, int, float& x) { x = score.value(x, {}, 0); });
+    if (n < tiles.interior_begin || n >= tiles.interior_end) {
+      tile::mask_rows(acc_s, work.limits + warp_row(), n * kTileN);
+      if (work.holes) [[unlikely]]
+        mask_holes(work, n, acc_s);
+    }
+    const bool raised = softmax.raise(acc_s, scale, factor);
+    softmax.exponentiate(acc_s, scale);
+    return raised;
+  }
+
+  // Everything of `tiles`, which are not empty.
+  __device__ __forceinline__ void attend(const Work& work, TileRange tiles, typename C::Out& acc_o,
+                                         tile::RowSoftmax<1>& softmax) {
+    int n = tiles.end - 1;
+    typename C::Scores acc_s;
+    float factor[2];
+    begin_scores(acc_s);
+    pass_turn();
+    tile::wait_matmul<0>(acc_s);
+    end_scores();
+    normalise(work, tiles, n, acc_s, softmax, factor);
+    auto weights = tile::to_operand<Element>(acc_s);
+    // A row that is not there holds anything. From here on it never grows, so the warp's rescaling
+    // does not depend on it.
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot)
+      if (work.row0 + warp_row() + tile::slot_row(slot) >= work.at.q.length)
+        softmax.max[slot] = kInfinity;
+#pragma unroll 1
+    for (; n > tiles.begin; --n) {
+      clear_missing(work, n);
+      begin_scores(acc_s);
+      begin_out(acc_o, weights);
+      pass_turn();
+      tile::wait_matmul<1>(acc_s);
+      end_scores();
+      const bool raised = normalise(work, tiles, n - 1, acc_s, softmax, factor);
+      tile::wait_matmul<0>(acc_o);
+      end_out();
+      weights = tile::to_operand<Element>(acc_s);
+      if (raised) tile::scale_rows(acc_o, factor);
+    }
+    release(smem.q_empty[index]);
+    clear_missing(work, n);
+    begin_out(acc_o, weights);
+    tile::wait_matmul<0>(acc_o);
+    end_out();
+  }
+
+  // Rows of the warpgroup that are all there leave by the copy engine, without a thread waiting.
+  __device__ __forceinline__ void store_tile(const Work& work, const typename C::Out& acc_o) {
+    if (first_thread) ptx::wait_stores_read();
+    sync_warpgroup(index);  // the tile before has left
+    tile::store_matrices(smem.out, warp_row(), acc_o);
+    ptx::fence_async_proxy();
+    sync_warpgroup(index);
+    if (first_thread) {
+      smem.out.store(64 * index, p.out, first_query(work, index));
+      ptx::store_commit();
+    }
+  }
+
+  // What a part of the keys leaves.
+  __device__ __forceinline__ void store_part(const Work& work, const typename C::Out& acc_o,
+                                             const tile::RowSoftmax<1>& softmax) {
+    const ForwardProblem& f = p.problem;
+    const std::int64_t part = work.split * f.q.batch() * f.q.heads() * f.q.seqlen();
+    float* target[2];
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      const SoftmaxState state = softmax.state(slot);
+      const int row = work.row0 + warp_row() + tile::slot_row(slot);
+      const std::int64_t i = part + lse_index(f, work.at, work.head, row);
+      const bool empty = state.max == -kInfinity && state.sum == 0.f;
+      const bool exists = row < work.at.q.length;
+      target[slot] = exists && !empty ? p.partial_out + i * C::tile.head_dim_v : nullptr;
+      if (exists && tile::lane() % 4 == 0) p.partial_states[i] = state;
+    }
+    tile::for_each_pair(acc_o, [&](int slot, int col, float x, float y) {
+      if (target[slot] != nullptr) *reinterpret_cast<float2*>(target[slot] + col) = {x, y};
+    });
+  }
+
+  // Normalises, adds the sink, and writes out and lse.
+  __device__ __forceinline__ void store(const Work& work, typename C::Out& acc_o,
+                                        const tile::RowSoftmax<1>& softmax) {
+    const ForwardProblem& f = p.problem;
+    const int rows = work.at.q.length - work.row0;
+    const float sink =
+        f.sink == nullptr ? -kInfinity : f.sink[work.head] * static_cast<float>(kLog2e);
+    const tile::RowResult result[2] = {tile::finish_row(softmax.state(0), sink),
+                                       tile::finish_row(softmax.state(1), sink)};
+    tile::scale_rows(acc_o, {result[0].factor, result[1].factor});
+    bool stored = false;
+    if constexpr (C::tile.own_out) {
+      stored = p.out_bulk && 64 * index + 64 <= rows;
+      if (stored) store_tile(work, acc_o);
+    }
+    if (!stored) {
+      Element* out = cuda::first_row<Element>(f.out, work.at.q, work.head);
+      tile::store_global<Element>(
+          acc_o, p.out_wide, static_cast<int>(f.v.head_dim()), [&](int slot) {
+            const int row = warp_row() + tile::slot_row(slot);
+            return row < rows ? out + (work.row0 + row) * f.out.seqlen_stride() : nullptr;
+          });
+    }
+    if (f.lse == nullptr || tile::lane() % 4 > 0) return;
+    for (int slot = 0; slot < 2; ++slot) {
+      const int row = warp_row() + tile::slot_row(slot);
+      if (row < rows) f.lse[lse_index(f, work.at, work.head, work.row0 + row)] = result[slot].lse;
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    tile::PipelineState<C::kItems> item;
+#pragma unroll 1
+    for (int phase = 0;; phase ^= 1, item.advance()) {
+      smem.work_full[item.stage].wait(item.phase);
+      const Work& work = smem.work[item.stage];
+      if (work.last) break;
+      typename C::Out acc_o;
+      tile::RowSoftmax<1> softmax;
+      acc_o.clear();
+      softmax.clear();
+      const TileRange tiles = work.own[index];
+      const bool sees = tiles.begin < tiles.end;
+      smem.q_full[index].wait(phase);
+      skip(work.end - tiles.end);
+      if (sees) attend(work, tiles, acc_o, softmax);
+      skip(tiles.begin - work.begin);
+      if (p.splits > 1)
+        store_part(work, acc_o, softmax);
+      else
+        store(work, acc_o, softmax);
+      if (!sees) release(smem.q_empty[index]);
+      __syncwarp();
+      if (tile::lane() == 0) smem.work_empty[item.stage].arrive();
+    }
+    if constexpr (C::tile.own_out)
+      if (first_thread) ptx::wait_stores_read();
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant__ ForwardParams p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  auto& smem = *reinterpret_cast<typename C::Smem*>(shared);
+  const int warpgroup = tile::warpgroup();
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) ptx::prefetch(*map);
+    for (int c = 0; c < C::tile.consumers; ++c) {
+      smem.q_full[c].init(1);
+      smem.q_empty[c].init(1);
+    }
+    for (int s = 0; s < C::tile.stages; ++s) {
+      smem.k_full[s].init(1);
+      smem.v_full[s].init(1);
+      smem.k_empty[s].init(C::tile.consumers);
+      smem.v_empty[s].init(C::tile.consumers);
+    }
+    for (int i = 0; i < C::kItems; ++i) {
+      smem.work_full[i].init(1);
+      smem.work_empty[i].init(4 * C::tile.consumers + 1);  // warps of consumers, and the loader
+    }
+    ptx::fence_barrier_init();
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    ptx::give_registers<C::kProducerRegisters>();
+    const int warp = __shfl_sync(~0u, tile::warp(), 0);
+    if (warp == 0) schedule<C>(p, smem);
+    if (warp == 1) load<C>(p, smem);
+  } else {
+    ptx::take_registers<C::kConsumerRegisters>();
+    Consumer<C>(p, smem, warpgroup - 1).run();
+  }
+}
+
+// ---- host ----
+
+template <class C>
+std::int64_t item_count(const ForwardProblem& f) {
+  return (max_seqlen_q(f) + C::kTileM - 1) / C::kTileM * f.q.heads() * batch_entries(f);
+}
+
+// Where items differ and CTAs have several, who is done first takes the next one.
+template <class C>
+bool counts_items(const Plan& plan, const ForwardProblem& f) {
+  const Sequences& s = f.sequences;
+  const bool dense = f.q.rank == 4 && f.k.rank == 4 && s.start_q == nullptr &&
+                     s.start_k == nullptr && s.seqused_q == nullptr && s.seqused_k == nullptr;
+  const bool alike = dense && f.band == kFull && f.intervals.rows == nullptr;
+  return !alike && plan.splits * item_count<C>(f) > plan.workers;
+}
+
+struct ForwardMemory {
+  float* out;
+  SoftmaxState* states;
+  int* counter;
+};
+
+template <class C>
+ForwardMemory carve_forward(WorkspaceLayout& layout, const Plan& plan, const ForwardProblem& f) {
+  ForwardMemory m{};
+  const std::int64_t rows = plan.splits * f.q.batch() * f.q.heads() * f.q.seqlen();
+  if (plan.splits > 1) {
+    m.out = layout.add<float>(rows * C::tile.head_dim_v);
+    m.states = layout.add<SoftmaxState>(rows);
+  }
+  if (counts_items<C>(plan, f)) m.counter = layout.add<int>(1);
+  return m;
+}
+
+template <class C>
+std::size_t forward_bytes(const Plan& plan, const ForwardProblem& f) {
+  WorkspaceLayout layout;
+  carve_forward<C>(layout, plan, f);
+  return layout.bytes();
+}
+
+template <class C>
+Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace workspace, Queue queue) {
+  if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
+  if (!is_bulk(f))
+    return {Code::invalid,
+            "q, k or v stands elsewhere than the tensor of the plan, at no multiple of 16 bytes: "
+            "plan again"};
+  const std::int64_t items = item_count<C>(f);
+  if (items == 0) return {};
+  const int page_size = f.paged.page_table == nullptr ? 0 : static_cast<int>(f.k.shape[1]);
+  ForwardParams p{};
+  p.problem = f;
+  p.scale = cuda::scale_of(f).size;
+  p.m_tiles = static_cast<int>((max_seqlen_q(f) + C::kTileM - 1) / C::kTileM);
+  p.items = static_cast<int>(f.q.heads() * batch_entries(f));
+  p.items_at_once = items_in_l2(f);
+  p.group = static_cast<int>(f.q.heads() / f.k.heads());
+  p.boxes = page_size > 0 && page_size < C::tile.tile_n ? C::tile.tile_n / page_size : 1;
+  p.out_bulk = is_bulk(f.out);
+  p.out_wide = is_wide(f.out);
+  if (Status s = cuda::tensor_map(p.q, f.q, 64); !s.ok()) return s;
+  if (Status s = cuda::tensor_map(p.k, f.k, C::tile.tile_n / p.boxes); !s.ok()) return s;
+  if (Status s = cuda::tensor_map(p.v, f.v, C::tile.tile_n / p.boxes); !s.ok()) return s;
+  if (p.out_bulk)
+    if (Status s = cuda::tensor_map(p.out, f.out, 64); !s.ok()) return s;
+  WorkspaceLayout layout(workspace);
+  const ForwardMemory memory = carve_forward<C>(layout, plan, f);
+  p.splits = plan.splits;
+  p.partial_out = memory.out;
+  p.partial_states = memory.states;
+  p.counter = memory.counter;
+  if (p.counter != nullptr) {
+    const auto error = cudaMemsetAsync(p.counter, 0, sizeof(int), queue.stream);
+    if (Status s = cuda::cuda_status(error, "memset"); !s.ok()) return s;
+  }
+  const std::int64_t blocks = p.splits * items;
+  if (Status s = cuda::launch<forward<C>>({.blocks = blocks < plan.workers ? blocks : plan.workers,
+                                           .threads = C::kThreads,
+                                           .smem_bytes = sizeof(typename C::Smem)},
+                                          queue.stream, p);
+      !s.ok() || p.splits == 1)
+    return s;
+  return cuda::combine(f, p.splits, memory.out, C::tile.head_dim_v, memory.states, queue.stream);
+}
+
+template <class C>
+constexpr KernelRow forward_row(DType dtype) {
+  KernelRow row{.arch = Arch::sm90,
+                .pass = Pass::forward,
+                .dtype = dtype,
+                .operand = dtype,
+                .tile_m = C::kTileM,
+                .tile_n = C::tile.tile_n,
+                .max_head_dim = C::tile.head_dim,
+                .max_query_rows = 0,
+                .forward_bytes = forward_bytes<C>,
+                .forward = launch_forward<C>,
+                .backward_bytes = nullptr,
+                .backward = nullptr};
+  row.score = C::Score::kKind;
+  row.smem_bytes = sizeof(typename C::Smem);
+  row.ctas = 1;
+  row.bulk = true;
+  if (C::tile.head_dim_v < C::tile.head_dim) row.max_head_dim_v = C::tile.head_dim_v;
+  return row;
+}
+
+// The kernels of one tile and score policy.
+template <ForwardTile kTile, class Score>
+constexpr std::array<KernelRow, 2> rows_of_tile() {
+  return {forward_row<ForwardConfig<bf16, kTile, Score>>(DType::bf16),
+          forward_row<ForwardConfig<f16, kTile, Score>>(DType::f16)};
+}
+
+template <int kHeadDim, class Score>
+constexpr std::array<KernelRow, 2> forward_rows() {
+  return rows_of_tile<tile_of(kForwardTiles, kHeadDim), Score>();
+}
+
+template <int kHeadDim, class Score>
+constexpr std::array<KernelRow, 2> forward_narrow_rows() {
+  return rows_of_tile<tile_of(kNarrowForwardTiles, kHeadDim), Score>();
+}
+
+}  // namespace heed::sm90

@@ -1,0 +1,38 @@
+// The tiles of the Hopper kernels, one per head_dim.
+#pragma once
+
+#include <array>
+
+#include "cuda/sm80/tiles.hpp"
+
+namespace heed::sm90 {
+
+using sm80::tile_of;
+
+struct ForwardTile {
+  int head_dim;    // of q and k
+  int head_dim_v;  // both are filled up with zeros
+  int consumers;   // warpgroups, of 64 query rows each
+  int tile_n;      // keys per step
+  int stages;      // of K and V each
+  bool turns;      // consumers take turns at the tensor cores (ping-pong)
+  bool own_out;    // there is shared memory for the output tile
+
+  constexpr int tile_m() const { return 64 * consumers; }
+};
+
+// head_dim, head_dim_v, consumers, tile_n, stages, turns, own_out
+inline constexpr std::array<ForwardTile, 5> kForwardTiles{{
+    {64, 64, 3, 128, 3, true, true},
+    {96, 96, 2, 128, 2, true, true},
+    {128, 128, 2, 128, 2, true, true},
+    {192, 192, 2, 96, 2, false, false},
+    {256, 256, 2, 80, 2, true, false},
+}};
+
+// v narrower than q and k, as multi-head latent attention has it.
+inline constexpr std::array<ForwardTile, 1> kNarrowForwardTiles{{
+    {192, 128, 2, 128, 2, true, false},
+}};
+
+}  // namespace heed::sm90

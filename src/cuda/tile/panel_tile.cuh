@@ -1,0 +1,84 @@
+// A tile of 16-bit elements in shared memory as the copy engine writes it and wgmma reads it.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/tensor_copy.cuh"
+
+namespace heed::tile {
+
+// Where wgmma finds an operand in shared memory with the 128-byte swizzle. Distances are multiples
+// of 16 bytes; adding one to a whole descriptor is one addition as long as addresses stay below
+// 256 KB.
+struct Descriptor {
+  std::uint64_t bits;
+
+  // leading, stride: bytes; what they mean depends on which axis is contiguous (see PanelTile).
+  static __device__ __forceinline__ Descriptor at(std::uint32_t address, int leading, int stride) {
+    return {static_cast<std::uint64_t>((address & 0x3ffff) >> 4) |
+            static_cast<std::uint64_t>(leading >> 4) << 16 |
+            static_cast<std::uint64_t>(stride >> 4) << 32 | std::uint64_t{1} << 62};
+  }
+  __device__ __forceinline__ Descriptor operator+(int bytes) const {
+    return {bits + static_cast<std::uint64_t>(bytes >> 4)};
+  }
+};
+
+// kRows x kCols in panels of 64 columns, each row-major with 128 bytes a row; chunk c (16 bytes) of
+// a panel's row r stands at place c ^ (r & 7). The last panel's columns from kCols on are there but
+// are not used.
+template <class ElementType, int kRowCount, int kColCount>
+struct alignas(1024) PanelTile {
+  using Element = ElementType;
+  static constexpr int kRows = kRowCount;
+  static constexpr int kCols = kColCount;
+  static constexpr int kChunks = kCols / 8;
+  static constexpr int kPanels = (kCols + 63) / 64;
+  static constexpr int kPanelBytes = kRows * 128;
+  static constexpr int kStep = 16;  // of k, by one instruction
+  static_assert(kRows % 8 == 0 && kCols % 16 == 0 && sizeof(Element) == 2);
+
+  Element data[kPanels * kRows * 64];
+
+  static constexpr int place(int row, int chunk) {
+    return (chunk / 8 * kRows + row) * 64 + 8 * (chunk % 8 ^ (row & 7));
+  }
+  __device__ Element* chunk(int row, int chunk) { return data + place(row, chunk); }
+  __device__ const Element* chunk(int row, int chunk) const { return data + place(row, chunk); }
+
+  // Rows from `row` on (a multiple of 8), columns as k.
+  __device__ __forceinline__ Descriptor by_rows(int row = 0) const {
+    return Descriptor::at(ptx::shared_address(data) + row * 128, 16, 1024);
+  }
+  static constexpr int along_columns(int step) { return step / 4 * kPanelBytes + step % 4 * 32; }
+  // Columns as n, rows as k.
+  __device__ __forceinline__ Descriptor by_columns() const {
+    return Descriptor::at(ptx::shared_address(data), kPanelBytes, 1024);
+  }
+  static constexpr int along_rows(int step) { return step * 2048; }
+
+  // Rows [first, first + box rows of the map) from `start` on, by one thread.
+  __device__ __forceinline__ void load(int first, const CUtensorMap& map, ptx::BoxStart start,
+                                       ptx::Barrier& done) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      ptx::copy_box(data + (panel * kRows + first) * 64, map,
+                    {64 * panel, start.row, start.head, start.batch}, done);
+  }
+  static __device__ __forceinline__ void prefetch(const CUtensorMap& map, ptx::BoxStart start) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      ptx::prefetch_box(map, {64 * panel, start.row, start.head, start.batch});
+  }
+  // Rows from `first` on, as many as the map's boxes have, to `start`, by one thread.
+  __device__ __forceinline__ void store(int first, const CUtensorMap& map,
+                                        ptx::BoxStart start) const {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      ptx::store_box(map, data + (panel * kRows + first) * 64,
+                     {64 * panel, start.row, start.head, start.batch});
+  }
+  static constexpr int kLoadBytes = kPanels * kPanelBytes;
+};
+
+}  // namespace heed::tile

@@ -1,0 +1,294 @@
+// The Hopper half of src/cuda/ptx and src/cuda/tile: copies by TMA, barriers, products of a
+// warpgroup, and how its results leave the registers. Runs on sm_90 alone.
+#include <cuda.h>
+
+#include <string>
+
+#include "cuda/host/tensor_map.hpp"
+#include "cuda/sm90/tiles.hpp"
+#include "cuda/tile/pipeline.cuh"
+#include "cuda/tile/warpgroup.cuh"
+#include "tile/support.cuh"
+
+namespace heed::test {
+namespace {
+
+class TileWarpgroup : public GpuTest {
+ protected:
+  void SetUp() override {
+    GpuTest::SetUp();
+    if (!IsSkipped() && Device::cuda()->arch != Arch::sm90) GTEST_SKIP() << "needs sm_90";
+  }
+};
+
+ConstTensorView view_of(const DeviceArray<bf16>& x, std::array<std::int64_t, 4> shape) {
+  return contiguous(static_cast<const void*>(x.data()), DType::bf16, shape);
+}
+CUtensorMap map_of(const ConstTensorView& view, int rows) {
+  CUtensorMap map{};
+  const Status status = cuda::tensor_map(map, view, rows);
+  EXPECT_TRUE(status.ok()) << status.message();
+  return map;
+}
+
+// Every element has bits of its own.
+std::vector<bf16> numbered(std::size_t count) {
+  std::vector<bf16> x(count);
+  for (std::size_t i = 0; i < count; ++i) x[i] = {static_cast<std::uint16_t>(1 + i % 65000)};
+  return x;
+}
+
+// The tile, in boxes of kBox rows, from several places of one tensor.
+template <class Tile, int kBox>
+struct Load {
+  struct alignas(1024) Shared {
+    Tile tile;
+    ptx::Barrier full;
+  };
+  CUtensorMap map;
+  ptx::BoxStart start;
+  bf16* out;
+
+  __device__ void operator()(Shared& shared) const {
+    if (threadIdx.x == 0) {
+      shared.full.init(1);
+      ptx::fence_barrier_init();
+      shared.full.arrive_and_expect(Tile::kLoadBytes);
+      for (int row = 0; row < Tile::kRows; row += kBox)
+        shared.tile.load(row, map, {start.channel, start.row + row, start.head, start.batch},
+                         shared.full);
+    }
+    __syncthreads();
+    shared.full.wait(0);
+    unload(shared.tile, out);
+  }
+};
+
+template <int kRows, int kCols, int kBox>
+void check_load(int channels, int row0) {
+  SCOPED_TRACE(std::to_string(kRows) + " x " + std::to_string(kCols) + " in boxes of " +
+               std::to_string(kBox) + ", " + std::to_string(channels) + " channels, from row " +
+               std::to_string(row0));
+  using Tile = tile::PanelTile<bf16, kRows, kCols>;
+  constexpr int kBatch = 2, kSeqlen = 150, kHeads = 3;
+  const std::vector<bf16> source =
+      numbered(static_cast<std::size_t>(kBatch * kSeqlen * kHeads * channels));
+  const DeviceArray<bf16> x(source), out(kRows * kCols);
+  const ConstTensorView view = view_of(x, {kBatch, kSeqlen, kHeads, channels});
+  launch(Load<Tile, kBox>{map_of(view, kBox), {0, row0, 1, 1}, out.data()}, 128);
+  Matrix expected(kRows, kCols);
+  for (int row = 0; row < kRows && row0 + row < kSeqlen; ++row)
+    for (int c = 0; c < channels && row0 + row >= 0; ++c)
+      expected(row, c) =
+          source[static_cast<std::size_t>(((kSeqlen + row0 + row) * kHeads + 1) * channels + c)]
+              .bits;
+  expect_equal(expected, bits_of(kRows, kCols, out.values()), "tile");
+}
+
+TEST_F(TileWarpgroup, LoadBringsBoxesAndZerosBehindTheTensor) {
+  for (const int row0 : {0, 17, 100, 149, 150}) {
+    check_load<128, 64, 128>(64, row0);
+    check_load<128, 128, 128>(128, row0);
+    check_load<80, 256, 16>(256, row0);
+    check_load<64, 96, 64>(96, row0);
+  }
+}
+TEST_F(TileWarpgroup, LoadFillsChannelsWithZeros) {
+  for (const int channels : {8, 40, 72, 120}) check_load<64, 128, 8>(channels, 90);
+}
+
+// ---- products ----
+
+template <class Element, int kN, int kCols>
+struct Scores {
+  using Left = tile::PanelTile<Element, 128, kCols>;
+  using Right = tile::PanelTile<Element, kN, kCols>;
+  struct alignas(1024) Shared {
+    Left left;
+    Right right;
+  };
+  const Element *left, *right;
+  float* out;  // [128][kN]
+
+  __device__ void operator()(Shared& shared) const {
+    fill(shared.left, left);
+    fill(shared.right, right);
+    ptx::fence_async_proxy();
+    __syncthreads();
+    const int group = tile::warpgroup();
+    tile::Accumulator<1, kN / 8> acc;
+    tile::begin_matmul_nt<Left, Right>(acc, shared.left.by_rows(64 * group),
+                                       shared.right.by_rows());
+    tile::wait_matmul<0>(acc);
+    unload(acc, out + 16 * tile::warp() * kN, kN);
+  }
+};
+
+template <class Element, int kK, int kCols>
+struct Sums {
+  using Right = tile::PanelTile<Element, kK, kCols>;
+  using Shared = Right;
+  const float* left;  // [64][kK]
+  const Element* right;
+  float* out;  // [64][kCols]
+
+  __device__ void operator()(Right& shared) const {
+    fill(shared, right);
+    ptx::fence_async_proxy();
+    __syncthreads();
+    tile::Accumulator<1, kK / 8> from;
+    fill(from, left + 16 * tile::warp() * kK, kK);
+    tile::Accumulator<1, kCols / 8> acc;
+    fill(acc, out + 16 * tile::warp() * kCols, kCols);
+    tile::begin_matmul_nn<Right>(acc, tile::to_operand<Element>(from), shared.by_columns());
+    tile::wait_matmul<0>(acc);
+    unload(acc, out + 16 * tile::warp() * kCols, kCols);
+  }
+};
+
+Matrix product(Matrix c, const Matrix& a, const Matrix& b) {
+  for (int row = 0; row < c.rows; ++row)
+    for (int k = 0; k < a.cols; ++k)
+      for (int col = 0; col < c.cols; ++col) c(row, col) += a(row, k) * b(k, col);
+  return c;
+}
+Matrix transposed(const Matrix& m) {
+  Matrix t(m.cols, m.rows);
+  for (int row = 0; row < m.rows; ++row)
+    for (int col = 0; col < m.cols; ++col) t(col, row) = m(row, col);
+  return t;
+}
+
+// Both products of the forward, at its tile. What stood in the scores before is overwritten.
+template <class Element, sm90::ForwardTile kTile>
+void check_products() {
+  constexpr int kDim = kTile.head_dim, kDimV = kTile.head_dim_v, kTileN = kTile.tile_n;
+  SCOPED_TRACE("head_dim " + std::to_string(kDim));
+  const Matrix q = small_integers(128, kDim, 1), k = small_integers(kTileN, kDim, 2);
+  {
+    const DeviceArray<Element> left(rounded<Element>(q)), right(rounded<Element>(k));
+    const DeviceArray<float> out(128 * kTileN);
+    launch(Scores<Element, kTileN, kDim>{left.data(), right.data(), out.data()}, 256);
+    expect_equal(product(Matrix(128, kTileN), q, transposed(k)),
+                 matrix_of(128, kTileN, out.values()), "S = Q K^T");
+  }
+  const Matrix p = small_integers(64, kTileN, 3), v = small_integers(kTileN, kDimV, 4);
+  const Matrix o = small_integers(64, kDimV, 5);
+  const DeviceArray<float> left(rounded<float>(p)), out(rounded<float>(o));
+  const DeviceArray<Element> right(rounded<Element>(v));
+  launch(Sums<Element, kTileN, kDimV>{left.data(), right.data(), out.data()}, 128);
+  expect_equal(product(o, p, v), matrix_of(64, kDimV, out.values()), "O += P V");
+}
+template <class Element, std::size_t... kIndex>
+void check_products(std::index_sequence<kIndex...>) {
+  (check_products<Element, sm90::kForwardTiles[kIndex]>(), ...);
+}
+
+TEST_F(TileWarpgroup, ProductsOfTheForward) {
+  constexpr auto kAll = std::make_index_sequence<sm90::kForwardTiles.size()>();
+  check_products<bf16>(kAll);
+  check_products<f16>(kAll);
+}
+
+// ---- results ----
+
+template <int kCols>
+struct Store {
+  using Tile = tile::PanelTile<bf16, 128, kCols>;
+  struct alignas(1024) Shared {
+    Tile tile;
+  };
+  CUtensorMap map;
+  ptx::BoxStart start;
+  const float* from;  // [128][kCols]
+
+  __device__ void operator()(Shared& shared) const {
+    const int group = tile::warpgroup(), row = 16 * tile::warp();
+    tile::Accumulator<1, kCols / 8> acc;
+    fill(acc, from + row * kCols, kCols);
+    tile::store_matrices(shared.tile, row, acc);
+    ptx::fence_async_proxy();
+    __syncthreads();
+    if (threadIdx.x % 128 > 0) return;
+    shared.tile.store(64 * group, map,
+                      {start.channel, start.row + 64 * group, start.head, start.batch});
+    ptx::store_commit();
+    ptx::wait_stores_read();
+  }
+};
+
+template <int kCols>
+void check_store(int channels, int row0) {
+  SCOPED_TRACE(std::to_string(kCols) + " columns, " + std::to_string(channels) +
+               " channels, to row " + std::to_string(row0));
+  constexpr int kSeqlen = 150, kHeads = 2;
+  const Matrix from = small_integers(128, kCols, 7);
+  const DeviceArray<float> from_device(rounded<float>(from));
+  const DeviceArray<bf16> out(static_cast<std::size_t>(kSeqlen * kHeads * channels));
+  const ConstTensorView view = view_of(out, {1, kSeqlen, kHeads, channels});
+  launch(Store<kCols>{map_of(view, 64), {0, row0, 1, 0}, from_device.data()}, 256);
+  Matrix expected(kSeqlen, kHeads * channels, 0xFFFF);  // what nobody writes
+  for (int row = 0; row < 128 && row0 + row < kSeqlen; ++row)
+    for (int c = 0; c < channels; ++c)
+      expected(row0 + row, channels + c) = from_float<bf16>(static_cast<float>(from(row, c))).bits;
+  expect_equal(expected, bits_of(kSeqlen, kHeads * channels, out.values()), "tensor");
+}
+
+TEST_F(TileWarpgroup, StoreWritesWhatIsInsideTheTensor) {
+  for (const int row0 : {0, 22, 100}) {
+    check_store<64>(64, row0);
+    check_store<96>(96, row0);
+    check_store<128>(128, row0);
+    check_store<128>(80, row0);
+  }
+}
+
+// ---- barriers ----
+
+// A producer and a consumer pass numbers through a ring of two stages.
+struct Ring {
+  struct Shared {
+    ptx::Barrier full[2], empty[2];
+    int slot[2];
+  };
+  int* out;
+  int count;
+
+  __device__ void operator()(Shared& shared) const {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < 2; ++s) {
+        shared.full[s].init(1);
+        shared.empty[s].init(32);
+      }
+      ptx::fence_barrier_init();
+    }
+    __syncthreads();
+    tile::PipelineState<2> at;
+    for (int i = 0; i < count; ++i, at.advance()) {
+      if (tile::warp() == 0) {
+        shared.empty[at.stage].wait(at.phase ^ 1);
+        if (tile::lane() == 0) {
+          shared.slot[at.stage] = 3 * i;
+          shared.full[at.stage].arrive();
+        }
+      } else {
+        shared.full[at.stage].wait(at.phase);
+        const int seen = shared.slot[at.stage];
+        shared.empty[at.stage].arrive();
+        if (tile::lane() == 31) out[i] = seen;
+      }
+    }
+  }
+};
+
+TEST_F(TileWarpgroup, RingHandsOverInOrder) {
+  constexpr int kCount = 1000;
+  const DeviceArray<int> out(kCount);
+  launch(Ring{out.data(), kCount}, 64);
+  Matrix expected(1, kCount);
+  for (int i = 0; i < kCount; ++i) expected(0, i) = 3 * i;
+  expect_equal(expected, matrix_of(1, kCount, out.values()), "numbers");
+}
+
+}  // namespace
+}  // namespace heed::test
