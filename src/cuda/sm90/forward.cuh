@@ -103,8 +103,8 @@ struct ForwardParams {
   CUtensorMap q, k, v, out;
   ForwardProblem problem;  // pointers are device pointers
   float scale;             // > 0
-  int m_tiles;             // per entry
-  int items;               // heads of all entries
+  int m_tiles;             // per entry; packed: of all entries together
+  int items;               // heads of all entries; packed: heads
   int items_at_once;       // whose keys and values stay in L2 together
   int group;               // query heads of one key head
   int boxes;               // copies per tile of keys: more than one with small pages
@@ -137,6 +137,19 @@ __device__ __forceinline__ TileRange reduce_limits(const RowLimits* limits, int 
   return end == 0 ? TileRange{} : TileRange{first, end, all_first, all_end};
 }
 
+// Tiles of packed queries are numbered through all entries: those of an entry that begins at token
+// t from t / tile_m + entry on. The entry that a number belongs to.
+template <class C>
+__device__ __forceinline__ int find_entry(const ForwardProblem& f, int m_tile) {
+  const int total = static_cast<int>(f.q.seqlen());
+  int found = 0;
+  for (int entry = tile::lane(); entry < f.sequences.batch; entry += 32) {
+    const int token = max_of(0, min_of(f.sequences.cu_seqlens_q[entry], total));
+    if (token / C::kTileM + entry <= m_tile) found = entry;
+  }
+  return __reduce_max_sync(~0u, found);
+}
+
 // Item `index` of all; false: it has no rows.
 template <class C>
 __device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
@@ -144,19 +157,24 @@ __device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
   constexpr int kTileN = C::tile.tile_n, kConsumers = C::tile.consumers;
   const ForwardProblem& f = p.problem;
   const int lane = tile::lane();
+  const ItemTile block = item_tile(index / p.splits, p.items, p.items_at_once, p.m_tiles);
+  // The last rows of an entry see the most keys under a causal band: they begin first.
+  const int m_tile = p.m_tiles - 1 - block.tile;
+  const bool packed = f.q.rank == 3;
+  const int entry = packed ? find_entry<C>(f, m_tile) : 0;
   if (lane == 0) {
     const int heads = static_cast<int>(f.q.heads());
-    const ItemTile block = item_tile(index / p.splits, p.items, p.items_at_once, p.m_tiles);
-    work.at = slice_of(f, block.item / heads);
+    work.at = slice_of(f, packed ? entry : block.item / heads);
     work.head = block.item % heads;
     work.head_k = work.head / p.group;
     work.split = index % p.splits;
-    // The last rows of an entry see the most keys under a causal band: they begin first.
-    work.row0 = (p.m_tiles - 1 - block.tile) * C::kTileM;
+    const int before = packed ? static_cast<int>(work.at.q.token) / C::kTileM + entry : 0;
+    work.row0 = (m_tile - before) * C::kTileM;
   }
   __syncwarp();
   const int rows = work.at.q.length - work.row0;
-  if (rows <= 0) return false;
+  // Before the first entry's first tile there is nothing.
+  if (rows <= 0 || work.row0 < 0) return false;
   for (int i = lane; i < C::kTileM; i += 32)
     work.limits[i] =
         i < rows ? row_limits(f.band, work.at, f.intervals, work.row0 + i) : RowLimits{};
@@ -631,9 +649,18 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant_
 
 // ---- host ----
 
+// As ForwardParams.
+template <class C>
+std::int64_t m_tiles_of(const ForwardProblem& f) {
+  if (f.q.rank == 3) return f.q.seqlen() / C::kTileM + batch_entries(f);
+  return (f.q.seqlen() + C::kTileM - 1) / C::kTileM;
+}
+inline std::int64_t heads_of(const ForwardProblem& f) {
+  return f.q.rank == 3 ? f.q.heads() : f.q.heads() * batch_entries(f);
+}
 template <class C>
 std::int64_t item_count(const ForwardProblem& f) {
-  return (max_seqlen_q(f) + C::kTileM - 1) / C::kTileM * f.q.heads() * batch_entries(f);
+  return f.q.seqlen() == 0 ? 0 : m_tiles_of<C>(f) * heads_of(f);
 }
 
 // Where items differ and CTAs have several, who is done first takes the next one.
@@ -684,8 +711,8 @@ Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace works
   ForwardParams p{};
   p.problem = f;
   p.scale = cuda::scale_of(f).size;
-  p.m_tiles = static_cast<int>((max_seqlen_q(f) + C::kTileM - 1) / C::kTileM);
-  p.items = static_cast<int>(f.q.heads() * batch_entries(f));
+  p.m_tiles = static_cast<int>(m_tiles_of<C>(f));
+  p.items = static_cast<int>(heads_of(f));
   p.items_at_once = items_in_l2(f);
   p.group = static_cast<int>(f.q.heads() / f.k.heads());
   p.boxes = page_size > 0 && page_size < C::tile.tile_n ? C::tile.tile_n / page_size : 1;
