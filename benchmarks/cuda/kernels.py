@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -37,22 +38,29 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def medians(calls: dict[str, Callable], rounds: int = 7, inner: int = 4) -> dict[str, float]:
-    """Milliseconds of each call; the calls take turns, so that clocks change for all of them."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def milliseconds(call: Callable, times: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / times
+
+
+def medians(calls: dict[str, Callable], rounds: int = 7, at_least: float = 5.0) -> dict[str, float]:
+    """Milliseconds of each call; the calls take turns, so that clocks change for all of them.
+
+    A turn takes `at_least` ms, so that the host's time before its first kernel does not count.
+    """
     for call in calls.values():
         call()
-        call()
+    times = max(4, math.ceil(at_least / min(milliseconds(call, 3) for call in calls.values())))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(inner):
-                call()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end) / inner)
-    return {name: statistics.median(t) for name, t in times.items()}
+            taken[name].append(milliseconds(call, times))
+    return {name: statistics.median(t) for name, t in taken.items()}
 
 
 def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -137,7 +145,7 @@ def decode() -> list[dict]:
             calls[backend] = graphed(lambda b=backend, q=q, k=k, v=v: sdpa(b, q, k, v))
         size = 2.0 * 2 * batch * keys * heads_k * d
         shape = f"{batch} x {keys} keys, {heads_q}/{heads_k} d{d}"
-        cells.append(cell("decode", shape, size, "TB/s", medians(calls, inner=20)))
+        cells.append(cell("decode", shape, size, "TB/s", medians(calls)))
         del calls
     return cells
 
