@@ -53,12 +53,13 @@ constexpr ItemTile item_tile(int block, int items, int at_once, int tiles) {
 }
 
 // Heads of entries whose keys and values fill half of the 40 to 50 MB of L2 that an A100 or H200
-// has.
+// has; not more than there are.
 constexpr int items_in_l2(const ForwardProblem& f) {
   constexpr std::int64_t kBytes = std::int64_t{20} << 20;
   const std::int64_t group = f.k.heads() == 0 ? 1 : f.q.heads() / f.k.heads();
   const std::int64_t bytes = 2 * max_seqlen_k(f) * (f.k.head_dim() + f.v.head_dim());
-  return static_cast<int>(clamp64(bytes == 0 ? 1 : kBytes * group / bytes, 1, 1 << 20));
+  const std::int64_t all = clamp64(f.q.heads() * batch_entries(f), 1, 1 << 20);
+  return static_cast<int>(clamp64(bytes == 0 ? 1 : kBytes * group / bytes, 1, all));
 }
 
 }  // namespace heed

@@ -143,6 +143,110 @@ TEST(Plans, ForADeviceWithoutKernelsAreRefused) {
   }
 }
 
+// ---- which problems Hopper's own kernels take; planning reads no tensor ----
+
+constexpr Device kH200{.arch = Arch::sm90, .units = 132};
+
+ForwardProblem hopper_problem(std::int64_t seqlen_q = 512, std::int64_t seqlen_k = 512,
+                              std::int64_t head_dim = 128, std::int64_t head_dim_v = 128) {
+  const auto at = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+  ForwardProblem p;
+  p.q = contiguous(at(4096), DType::bf16, {2, seqlen_q, 8, head_dim});
+  p.k = contiguous(at(8192), DType::bf16, {2, seqlen_k, 4, head_dim});
+  p.v = contiguous(at(12288), DType::bf16, {2, seqlen_k, 4, head_dim_v});
+  p.out = contiguous(at(16384), DType::bf16, {2, seqlen_q, 8, head_dim_v});
+  return p;
+}
+
+class Hopper : public testing::Test {
+ protected:
+  void SetUp() override {
+    for (const KernelRow& row : registry())
+      if (row.arch == Arch::sm90) return;
+    GTEST_SKIP() << "built without code for sm_90";
+  }
+  // The row's name, and behind it why Hopper's own was not taken.
+  static std::string chosen(const ForwardProblem& p, const Options& options = {}) {
+    const Result<Plan> made = plan(p, kH200, options);
+    if (!made.ok()) return made.status().message();
+    const std::string text = explain(p, kH200, options);
+    const std::size_t why = text.find("not sm90/forward");
+    const std::size_t begin = why == std::string::npos ? 0 : text.find(": ", why);
+    return name_of(*made->row) +
+           (why == std::string::npos ? "" : text.substr(begin, text.find('\n', why) - begin));
+  }
+};
+
+TEST_F(Hopper, TakesTheNarrowestKernel) {
+  EXPECT_EQ(chosen(hopper_problem()),
+            "sm90/forward/bf16/hdim128/plain/128x128: takes head_dim up "
+            "to 64, here 128");
+  EXPECT_EQ(chosen(hopper_problem(512, 512, 64, 64)), "sm90/forward/bf16/hdim64/plain/192x128");
+  EXPECT_EQ(chosen(hopper_problem(512, 512, 192, 128)).rfind("sm90/forward/bf16/hdim192v128/", 0),
+            0u);
+  EXPECT_EQ(chosen(hopper_problem(512, 512, 192, 192)).rfind("sm90/forward/bf16/hdim192/", 0), 0u);
+  EXPECT_EQ(chosen(hopper_problem(512, 512, 64, 128)).rfind("sm90/forward/bf16/hdim128/", 0), 0u);
+  ForwardProblem p = hopper_problem();
+  p.score.softcap = 30.f;
+  EXPECT_EQ(chosen(p).rfind("sm90/forward/bf16/hdim128/softcap/", 0), 0u);
+}
+
+TEST_F(Hopper, LeavesToOthersWhatItDoesNotTake) {
+  const auto left = [](const ForwardProblem& p, const std::string& why) {
+    const std::string text = chosen(p);
+    EXPECT_EQ(text.rfind("sm80/", 0), 0u) << text;
+    EXPECT_NE(text.find(why), std::string::npos) << text;
+  };
+  ForwardProblem p = hopper_problem(512, 512, 64, 64);
+  p.score.scale = -1.f;
+  left(p, "needs a scale of at least 0");
+  p = hopper_problem(512, 512, 64, 64);
+  p.k.data = static_cast<const std::byte*>(p.k.data) + 2;
+  left(p, "addresses that are multiples of 16 bytes");
+  p = hopper_problem(512, 512, 60, 60);
+  left(p, "multiples of 8");
+  p = hopper_problem(512, 512, 64, 64);
+  p.v.stride[2] = 0;
+  left(p, "repeat no axis");
+  p = hopper_problem(512, 512, 64, 64);
+  const float bias = 0.f;
+  p.bias = contiguous(&bias, DType::f32, {1, 1, 1, 512});
+  left(p, "computes plain scores, here general");
+  EXPECT_EQ(chosen(hopper_problem(8, 512, 64, 64)).rfind("sm80/decode/", 0), 0u);
+}
+
+TEST_F(Hopper, PagesFitIntoTilesOrTilesIntoPages) {
+  const std::int32_t table = 0, used = 0;
+  const auto paged = [&](std::int64_t page_size, std::int64_t head_dim) {
+    ForwardProblem p = hopper_problem(512, 512, head_dim, head_dim);
+    for (ConstTensorView* x : {&p.k, &p.v})
+      *x = contiguous(x->data, DType::bf16, {64, page_size, 4, head_dim});
+    p.paged = {&table, 16};
+    p.sequences.seqused_k = &used;
+    return chosen(p).substr(0, 4);
+  };
+  for (const int page_size : {8, 16, 64, 128, 256, 384}) EXPECT_EQ(paged(page_size, 64), "sm90");
+  for (const int page_size : {1, 4, 24, 96, 192}) EXPECT_EQ(paged(page_size, 64), "sm80");
+  for (const int page_size : {16, 80}) EXPECT_EQ(paged(page_size, 256), "sm90");
+  for (const int page_size : {32, 256}) EXPECT_EQ(paged(page_size, 256), "sm80");
+}
+
+TEST_F(Hopper, FewTilesSplitTheirKeys) {
+  ForwardProblem p = hopper_problem(128, 65536);
+  Result<Plan> made = plan(p, kH200);
+  ASSERT_TRUE(made.ok());
+  EXPECT_EQ(made->row->arch, Arch::sm90);
+  EXPECT_GT(made->splits, 4);  // 16 tiles of queries
+  EXPECT_GE(made->workspace_bytes, static_cast<std::size_t>(made->splits) * 2 * 8 * 128 * 128 * 4);
+  made = plan(hopper_problem(4096, 4096), kH200);
+  EXPECT_EQ(made->splits, 1);
+  EXPECT_EQ(made->workspace_bytes, 0u);  // equal items need no counter
+  p = hopper_problem(4096, 4096);
+  p.band = kCausal;
+  EXPECT_EQ(plan(p, kH200)->workspace_bytes, kWorkspaceAlignment);
+  EXPECT_EQ(plan(p, kH200, {.splits = 3})->splits, 3);
+}
+
 TEST(Options, ForceAKernel) {
   SmallProblem small;
   const Device device = Device::cpu().value();

@@ -18,6 +18,7 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <type_traits>
 
 #include "core/layout.hpp"
@@ -707,13 +708,17 @@ Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace works
             "plan again"};
   const std::int64_t items = item_count<C>(f);
   if (items == 0) return {};
+  if (plan.splits * items > INT_MAX)
+    return {Code::unsupported, "the problem has " + std::to_string(plan.splits * items) +
+                                   " tiles of query rows, a GPU computes at most 2147483647 at "
+                                   "once: split its batch"};
   const int page_size = f.paged.page_table == nullptr ? 0 : static_cast<int>(f.k.shape[1]);
   ForwardParams p{};
   p.problem = f;
   p.scale = cuda::scale_of(f).size;
   p.m_tiles = static_cast<int>(m_tiles_of<C>(f));
   p.items = static_cast<int>(heads_of(f));
-  p.items_at_once = items_in_l2(f);
+  p.items_at_once = min_of(items_in_l2(f), p.items);
   p.group = static_cast<int>(f.q.heads() / f.k.heads());
   p.boxes = page_size > 0 && page_size < C::tile.tile_n ? C::tile.tile_n / page_size : 1;
   p.out_bulk = is_bulk(f.out);
