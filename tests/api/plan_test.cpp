@@ -149,12 +149,12 @@ constexpr Device kH200{.arch = Arch::sm90, .units = 132};
 
 ForwardProblem hopper_problem(std::int64_t seqlen_q = 512, std::int64_t seqlen_k = 512,
                               std::int64_t head_dim = 128, std::int64_t head_dim_v = 128) {
-  const auto at = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+  const auto at = [](std::uintptr_t place) { return reinterpret_cast<void*>(place << 40); };
   ForwardProblem p;
-  p.q = contiguous(at(4096), DType::bf16, {2, seqlen_q, 8, head_dim});
-  p.k = contiguous(at(8192), DType::bf16, {2, seqlen_k, 4, head_dim});
-  p.v = contiguous(at(12288), DType::bf16, {2, seqlen_k, 4, head_dim_v});
-  p.out = contiguous(at(16384), DType::bf16, {2, seqlen_q, 8, head_dim_v});
+  p.q = contiguous(at(1), DType::bf16, {2, seqlen_q, 8, head_dim});
+  p.k = contiguous(at(2), DType::bf16, {2, seqlen_k, 4, head_dim});
+  p.v = contiguous(at(3), DType::bf16, {2, seqlen_k, 4, head_dim_v});
+  p.out = contiguous(at(4), DType::bf16, {2, seqlen_q, 8, head_dim_v});
   return p;
 }
 
