@@ -127,8 +127,7 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
     }
     case Mismatch::alignment:
       return "needs q, k and v that repeat no axis, with head_dim and strides that are multiples "
-             "of 8 "
-             "and addresses that are multiples of 16 bytes";
+             "of 8 and addresses that are multiples of 16 bytes";
     case Mismatch::scale: return "needs a scale of at least 0";
     case Mismatch::page_size:
       return "needs pages of a multiple of 8 keys that divide or are divided by tiles of " +

@@ -10,8 +10,8 @@
 #include "cuda/common/dbias.cuh"
 #include "cuda/common/fill_gaps.cuh"
 #include "cuda/host/launch.hpp"
+#include "cuda/host/row.hpp"
 #include "cuda/sm80/backward.cuh"
-#include "cuda/sm80/row.hpp"
 #include "registry.hpp"
 
 namespace heed::sm80 {
@@ -158,7 +158,7 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
 
 template <class C>
 constexpr KernelRow backward_row(DType dtype) {
-  KernelRow row = row_of<C>(Pass::backward, dtype);
+  KernelRow row = cuda::row_of<C>(Arch::sm80, Pass::backward, dtype, C::tile.tile_m);
   row.backward_bytes = backward_bytes<C>;
   row.backward = launch_backward<C>;
   return row;

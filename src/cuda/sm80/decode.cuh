@@ -81,22 +81,10 @@ __global__ void __launch_bounds__(C::kThreads, C::tile.ctas)
 
 // ---- host ----
 
-struct DecodeMemory {
-  float* out;
-  SoftmaxState* states;
-};
-
-template <class C>
-DecodeMemory carve_decode(WorkspaceLayout& layout, const Plan& plan, const ForwardProblem& f) {
-  if (plan.splits <= 1) return {};
-  const std::int64_t rows = plan.splits * f.q.batch() * f.q.heads() * f.q.seqlen();
-  return {layout.add<float>(rows * C::tile.head_dim), layout.add<SoftmaxState>(rows)};
-}
-
 template <class C>
 std::size_t decode_bytes(const Plan& plan, const ForwardProblem& f) {
   WorkspaceLayout layout;
-  carve_decode<C>(layout, plan, f);
+  cuda::carve_parts(layout, f, plan.splits, C::tile.head_dim);
   return layout.bytes();
 }
 
@@ -105,7 +93,7 @@ Status launch_decode(const Plan& plan, const ForwardProblem& f, Workspace worksp
   if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
   if (f.k.heads() == 0) return {};
   WorkspaceLayout layout(workspace);
-  const DecodeMemory memory = carve_decode<C>(layout, plan, f);
+  const cuda::Parts memory = cuda::carve_parts(layout, f, plan.splits, C::tile.head_dim);
   ForwardParams params = forward_params<C>(f);
   params.m_tiles =
       static_cast<int>((max_seqlen_q(f) * params.group + C::tile.tile_m - 1) / C::tile.tile_m);
@@ -124,7 +112,7 @@ Status launch_decode(const Plan& plan, const ForwardProblem& f, Workspace worksp
 
 template <class C>
 constexpr KernelRow decode_row(DType dtype) {
-  KernelRow row = row_of<C>(Pass::decode, dtype);
+  KernelRow row = cuda::row_of<C>(Arch::sm80, Pass::decode, dtype, C::tile.tile_m);
   row.max_query_rows = C::tile.tile_m;
   row.ctas = C::tile.ctas;
   row.forward_bytes = decode_bytes<C>;

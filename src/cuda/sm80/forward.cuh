@@ -24,7 +24,7 @@
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
 #include "cuda/host/launch.hpp"
-#include "cuda/sm80/row.hpp"
+#include "cuda/host/row.hpp"
 #include "cuda/sm80/tiles.hpp"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/gemm.cuh"
@@ -475,7 +475,7 @@ Status launch_forward(const Plan&, const ForwardProblem& f, Workspace, Queue que
 
 template <class C>
 constexpr KernelRow forward_row(DType dtype) {
-  KernelRow row = row_of<C>(Pass::forward, dtype);
+  KernelRow row = cuda::row_of<C>(Arch::sm80, Pass::forward, dtype, C::tile.tile_m);
   row.forward_bytes = [](const Plan&, const ForwardProblem&) { return std::size_t{0}; };
   row.forward = launch_forward<C>;
   return row;

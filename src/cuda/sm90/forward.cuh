@@ -31,6 +31,7 @@
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
 #include "cuda/host/launch.hpp"
+#include "cuda/host/row.hpp"
 #include "cuda/host/tensor_map.hpp"
 #include "cuda/sm90/tiles.hpp"
 #include "cuda/tile/copy.cuh"
@@ -675,19 +676,13 @@ bool counts_items(const Plan& plan, const ForwardProblem& f) {
 }
 
 struct ForwardMemory {
-  float* out;
-  SoftmaxState* states;
+  cuda::Parts parts;
   int* counter;
 };
 
 template <class C>
 ForwardMemory carve_forward(WorkspaceLayout& layout, const Plan& plan, const ForwardProblem& f) {
-  ForwardMemory m{};
-  const std::int64_t rows = plan.splits * f.q.batch() * f.q.heads() * f.q.seqlen();
-  if (plan.splits > 1) {
-    m.out = layout.add<float>(rows * C::tile.head_dim_v);
-    m.states = layout.add<SoftmaxState>(rows);
-  }
+  ForwardMemory m{cuda::carve_parts(layout, f, plan.splits, C::tile.head_dim_v), nullptr};
   if (counts_items<C>(plan, f)) m.counter = layout.add<int>(1);
   return m;
 }
@@ -701,11 +696,11 @@ std::size_t forward_bytes(const Plan& plan, const ForwardProblem& f) {
 
 template <class C>
 Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace workspace, Queue queue) {
-  if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
   if (!is_bulk(f))
     return {Code::invalid,
             "q, k or v stands elsewhere than the tensor of the plan, at no multiple of 16 bytes: "
             "plan again"};
+  if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
   const std::int64_t items = item_count<C>(f);
   if (items == 0) return {};
   if (plan.splits * items > INT_MAX)
@@ -731,8 +726,8 @@ Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace works
   WorkspaceLayout layout(workspace);
   const ForwardMemory memory = carve_forward<C>(layout, plan, f);
   p.splits = plan.splits;
-  p.partial_out = memory.out;
-  p.partial_states = memory.states;
+  p.partial_out = memory.parts.out;
+  p.partial_states = memory.parts.states;
   p.counter = memory.counter;
   if (p.counter != nullptr) {
     const auto error = cudaMemsetAsync(p.counter, 0, sizeof(int), queue.stream);
@@ -745,25 +740,15 @@ Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace works
                                           queue.stream, p);
       !s.ok() || p.splits == 1)
     return s;
-  return cuda::combine(f, p.splits, memory.out, C::tile.head_dim_v, memory.states, queue.stream);
+  return cuda::combine(f, p.splits, memory.parts.out, C::tile.head_dim_v, memory.parts.states,
+                       queue.stream);
 }
 
 template <class C>
 constexpr KernelRow forward_row(DType dtype) {
-  KernelRow row{.arch = Arch::sm90,
-                .pass = Pass::forward,
-                .dtype = dtype,
-                .operand = dtype,
-                .tile_m = C::kTileM,
-                .tile_n = C::tile.tile_n,
-                .max_head_dim = C::tile.head_dim,
-                .max_query_rows = 0,
-                .forward_bytes = forward_bytes<C>,
-                .forward = launch_forward<C>,
-                .backward_bytes = nullptr,
-                .backward = nullptr};
-  row.score = C::Score::kKind;
-  row.smem_bytes = sizeof(typename C::Smem);
+  KernelRow row = cuda::row_of<C>(Arch::sm90, Pass::forward, dtype, C::kTileM);
+  row.forward_bytes = forward_bytes<C>;
+  row.forward = launch_forward<C>;
   row.ctas = 1;
   row.bulk = true;
   if (C::tile.head_dim_v < C::tile.head_dim) row.max_head_dim_v = C::tile.head_dim_v;

@@ -1,18 +1,18 @@
-// What every row of the portable kernels says of its configuration.
+// What every row of the GPU kernels says of its configuration.
 #pragma once
 
 #include "registry.hpp"
 
-namespace heed::sm80 {
+namespace heed::cuda {
 
 // Without the functions, which depend on the pass.
 template <class C>
-constexpr KernelRow row_of(Pass pass, DType dtype) {
-  KernelRow row{.arch = Arch::sm80,
+constexpr KernelRow row_of(Arch arch, Pass pass, DType dtype, int tile_m) {
+  KernelRow row{.arch = arch,
                 .pass = pass,
                 .dtype = dtype,
                 .operand = dtype,
-                .tile_m = C::tile.tile_m,
+                .tile_m = tile_m,
                 .tile_n = C::tile.tile_n,
                 .max_head_dim = C::tile.head_dim,
                 .max_query_rows = 0,
@@ -25,4 +25,4 @@ constexpr KernelRow row_of(Pass pass, DType dtype) {
   return row;
 }
 
-}  // namespace heed::sm80
+}  // namespace heed::cuda
