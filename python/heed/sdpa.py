@@ -26,7 +26,7 @@ from torch.nn.attention import _registry
 
 from . import ops
 
-__all__ = ["activate", "active", "restore"]
+__all__ = ["activate", "activated", "restore"]
 
 NAME = "heed"  # in torch.nn.attention's registry
 _TESTED = "2.10 to 2.15"
@@ -95,7 +95,7 @@ def _registry_restore() -> None:
 
 
 @contextmanager
-def active(*, unsupported: str = "torch") -> Iterator[None]:
+def activated(*, unsupported: str = "torch") -> Iterator[None]:
     """activate() here, restore() at the end, also where restore() would raise."""
     activate(unsupported=unsupported)
     try:
@@ -340,8 +340,8 @@ class _Seeds:
         if not self.storages:
             return ""
         return (
-            f"heed.sdpa computed {len(self.storages)} calls of attention with dropout that may "
-            "still be differentiated: run their backward passes, or drop their results, first"
+            "calls of heed.sdpa with dropout that may still be differentiated = "
+            f"{len(self.storages)} must be 0: run their backward passes or drop their results"
         )
 
     def _forget_freed(self) -> None:

@@ -53,7 +53,7 @@ def dropped(out: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backends_and_their_dropout(dtype: torch.dtype, backend: SDPBackend, ran: Counter) -> None:
     qkv = tensors(dtype)
-    with sdpa.active(unsupported="error"), sdpa_kernel(backend):
+    with sdpa.activated(unsupported="error"), sdpa_kernel(backend):
         options = {"is_causal": True}
         got = training(F.scaled_dot_product_attention, qkv, **options)
         assert_close(got[:1], exact(qkv, options)[:1], dtype)
@@ -70,7 +70,7 @@ def test_backends_and_their_dropout(dtype: torch.dtype, backend: SDPBackend, ran
 def test_gradient_of_dropout_is_that_of_its_entries() -> None:
     """Through v, out is linear: its gradient drops what forward dropped."""
     q, k, v = tensors()
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         torch.manual_seed(3)
         out = F.scaled_dot_product_attention(q, k, v, **DROPOUT)
         dout = torch.randn_like(out)
@@ -91,7 +91,7 @@ def test_pytorchs_forward_keeps_pytorchs_backward(ran: Counter) -> None:
         torch.manual_seed(11)
         out = F.scaled_dot_product_attention(*qkv, **DROPOUT)
         weight = torch.linspace(-1, 1, out.numel(), device=GPU).view(out.shape).to(out)
-        with sdpa.active():
+        with sdpa.activated():
             got = [out.detach(), *torch.autograd.grad(out, qkv, weight)]
     assert_close(got, want, torch.bfloat16)
     assert not ran
@@ -99,7 +99,7 @@ def test_pytorchs_forward_keeps_pytorchs_backward(ran: Counter) -> None:
 
 def test_seeds_on_the_host(ran: Counter) -> None:
     qkv = tensors()
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         want = training(F.scaled_dot_product_attention, qkv, **DROPOUT)
         with save_on_cpu():
             got = training(F.scaled_dot_product_attention, qkv, **DROPOUT)
@@ -110,12 +110,12 @@ def test_seeds_on_the_host(ran: Counter) -> None:
 def test_float32_is_pytorchs(ran: Counter) -> None:
     qkv = tensors(torch.float32)
     want = training(F.scaled_dot_product_attention, qkv, is_causal=True)
-    with sdpa.active():
+    with sdpa.activated():
         got = training(F.scaled_dot_product_attention, qkv, is_causal=True)
     assert_close(got, want, torch.bfloat16)
     sentence = r"heed\.sdpa, aten::_scaled_dot_product_efficient_attention: .*; activate\("
     with (
-        sdpa.active(unsupported="error"),
+        sdpa.activated(unsupported="error"),
         pytest.raises((NotImplementedError, ValueError), match=sentence),
     ):
         training(F.scaled_dot_product_attention, qkv, is_causal=True)
@@ -128,7 +128,7 @@ def test_cudnn_when_it_is_asked_for(ran: Counter) -> None:
             want = training(F.scaled_dot_product_attention, qkv, is_causal=True)
     except RuntimeError:
         pytest.skip("needs cuDNN attention")
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             got = training(F.scaled_dot_product_attention, qkv, is_causal=True)
         assert not ran
@@ -140,7 +140,7 @@ def test_cudnn_when_it_is_asked_for(ran: Counter) -> None:
 @pytest.mark.parametrize("rows, keys", [(64, 128), (128, 128)])
 def test_causal_lower_right(rows: int, keys: int, ran: Counter) -> None:
     q, k, v = tensors(rows=rows, keys=keys)
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(rows, keys))
         assert ran["forward"] == 1
     want = heed.attention(*(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2)
@@ -153,7 +153,7 @@ def test_jagged_nested_tensors(ran: Counter) -> None:
     nested = [
         torch.nested.nested_tensor(part, layout=torch.jagged).requires_grad_() for part in parts
     ]
-    with sdpa.active(unsupported="error"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with sdpa.activated(unsupported="error"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in nested), is_causal=True)
         out.transpose(1, 2).values().float().square().sum().backward()
     assert ran == {"forward": 1, "backward": 1}
@@ -180,7 +180,7 @@ def test_compiled_training(dropout_p: float, mode: str) -> None:
     mask = torch.rand(2, 1, 128, 128, device=GPU) > 0.3
     x = torch.randn(2, 128, 64, device=GPU, dtype=torch.bfloat16, requires_grad=True)
     outs = []
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         for _ in range(4):  # warm-up, capture, replays
             torch.compiler.cudagraph_mark_step_begin()
             out = compiled(x, weight, mask)
@@ -199,7 +199,7 @@ def test_compiled_training(dropout_p: float, mode: str) -> None:
 
 def test_captured_dropout_changes_with_every_replay() -> None:
     q, k, v = (t.detach() for t in tensors())
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         replay, (out,) = capture(lambda: [F.scaled_dot_product_attention(q, k, v, **DROPOUT)])
         seen = []
         for _ in range(2):
@@ -210,7 +210,7 @@ def test_captured_dropout_changes_with_every_replay() -> None:
 
 def test_autocast(ran: Counter) -> None:
     qkv = tensors(torch.float32)
-    with sdpa.active(unsupported="error"), torch.autocast("cuda", torch.bfloat16):
+    with sdpa.activated(unsupported="error"), torch.autocast("cuda", torch.bfloat16):
         got = training(F.scaled_dot_product_attention, qkv, is_causal=True)
     assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
     assert_close(got[:1], exact(qkv, {"is_causal": True})[:1], torch.bfloat16)
@@ -219,7 +219,7 @@ def test_autocast(ran: Counter) -> None:
 
 def test_deterministic_gradients(deterministic) -> None:
     names = ("grouped", "float mask")
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         for name in names:
             qkv, options = inputs(name, torch.bfloat16)
             first, second = results(qkv, options), results(qkv, options)

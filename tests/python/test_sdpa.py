@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def ran(monkeypatch) -> Counter:
 @pytest.mark.parametrize("name", SHAPES)
 def test_values_and_gradients(name: str, dtype: torch.dtype, ran: Counter) -> None:
     tensors, options = inputs(name, dtype)
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         got = results(tensors, options)
     assert ran == {"forward": 1, "backward": 1}
     assert all(t.dtype == dtype for t in got)
@@ -55,7 +57,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, ran: Counter) -> No
 def test_scale_and_head_dims(ran: Counter) -> None:
     for head_dim in (8, 20, 64, 72):
         tensors, options = inputs("causal", DTYPE, head_dim)
-        with sdpa.active(unsupported="error"):
+        with sdpa.activated(unsupported="error"):
             assert_close(results(tensors, options), exact(tensors, options))
             options["scale"] = 0.3
             assert_close(results(tensors, options), exact(tensors, options))
@@ -69,7 +71,7 @@ def test_any_strides(ran: Counter) -> None:
     views = [t.detach().requires_grad_() for t in views]
     copies = [t.detach().clone(memory_format=torch.contiguous_format) for t in views]
     copies = [t.requires_grad_() for t in copies]
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         for tensors in (views, copies):
             F.scaled_dot_product_attention(*tensors, is_causal=True).sum().backward()
     for a, b in zip(views, copies, strict=True):
@@ -83,12 +85,12 @@ def test_backward_after_restoring_and_before_activating(ran: Counter) -> None:
     for name in ("causal", "rows without keys"):
         tensors, options = inputs(name, torch.float32)
         want = exact(tensors, options)
-        with sdpa.active(unsupported="error"):
+        with sdpa.activated(unsupported="error"):
             out = F.scaled_dot_product_attention(*tensors, **options)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         assert_close([out, *torch.autograd.grad(out, tensors, weight)], want)
         out = F.scaled_dot_product_attention(*tensors, **options)
-        with sdpa.active(unsupported="error"):
+        with sdpa.activated(unsupported="error"):
             assert_close([out, *torch.autograd.grad(out, tensors, weight)], want)
     assert ran == {"forward": 2, "backward": 2}
 
@@ -97,7 +99,7 @@ def test_backward_after_restoring_and_before_activating(ran: Counter) -> None:
 def test_unsupported_input(ran: Counter) -> None:
     tensors, options = inputs("causal", torch.float64)
     want = results(tensors, options)
-    with sdpa.active():
+    with sdpa.activated():
         got = results(tensors, options)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert not ran
@@ -105,13 +107,13 @@ def test_unsupported_input(ran: Counter) -> None:
         r"^heed\.sdpa, aten::_scaled_dot_product_flash_attention_for_cpu: query\.dtype = float64 "
         r"must be float32, .*; activate\(unsupported=\"torch\"\) leaves such calls to PyTorch$"
     )
-    with sdpa.active(unsupported="error"), pytest.raises(NotImplementedError, match=sentence):
+    with sdpa.activated(unsupported="error"), pytest.raises(NotImplementedError, match=sentence):
         results(tensors, options)
     wide = [randn(1, 1, 3, 513, dtype=torch.float32) for _ in range(3)]
-    with sdpa.active():
+    with sdpa.activated():
         assert F.scaled_dot_product_attention(*wide).shape == (1, 1, 3, 513)
     with (
-        sdpa.active(unsupported="error"),
+        sdpa.activated(unsupported="error"),
         pytest.raises(ValueError, match=r"q\.head_dim = 513 must be in \[1, 512\]; activate"),
     ):
         F.scaled_dot_product_attention(*wide)
@@ -121,14 +123,14 @@ def test_unsupported_input(ran: Counter) -> None:
 def test_dropout_on_a_cpu_is_pytorchs(ran: Counter) -> None:
     """PyTorch sends it to math before heed could see it."""
     tensors = inputs("causal", torch.float32)[0]
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         torch.manual_seed(3)
         got = F.scaled_dot_product_attention(*tensors, dropout_p=0.5)
     torch.manual_seed(3)
     assert torch.equal(got, F.scaled_dot_product_attention(*tensors, dropout_p=0.5))
     assert not ran
     with (
-        sdpa.active(unsupported="error"),
+        sdpa.activated(unsupported="error"),
         pytest.raises(NotImplementedError, match=r"dropout_p = 0\.5 must be 0"),
     ):
         aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.5)
@@ -154,7 +156,7 @@ def heads_last(tensors: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("rows, keys", [(40, 40), (30, 40), (40, 30)])
 def test_flash_is_aligned_at_the_last_key(rows: int, keys: int) -> None:
     tensors = [randn(2, h, n, 16, requires_grad=True) for h, n in ((4, rows), (2, keys), (2, keys))]
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         out, lse, cum_q, cum_k, max_q, max_k, *_ = flash(tensors, is_causal=True)
         got = torch.autograd.grad(out.sum(), tensors)
     want, want_lse = heed.attention(*heads_last(tensors), causal=True, return_lse=True)
@@ -169,7 +171,7 @@ def test_efficient_with_the_gradient_of_a_mask(rows: int, keys: int, is_causal: 
     tensors = [randn(2, 4, n, 16, requires_grad=True) for n in (rows, keys, keys)]
     mask = randn(2, 1, rows, keys, requires_grad=True)
     inputs = [*tensors, mask]
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         out, lse, _, _ = efficient(tensors, mask.expand(2, 4, rows, keys), is_causal=is_causal)
         got = [out, *torch.autograd.grad(out.square().sum(), inputs)]
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
@@ -181,6 +183,15 @@ def test_efficient_with_the_gradient_of_a_mask(rows: int, keys: int, is_causal: 
     assert lse.shape == (2, 4, math.ceil(rows / 32) * 32)
     assert_close([lse[..., :rows]], [scores.logsumexp(-1)])
     assert torch.isposinf(lse[..., rows:]).all()
+
+
+def test_efficient_without_lse() -> None:
+    """As scaled_dot_product_attention calls it where nothing has a gradient."""
+    q = randn(2, 4, 40, 16)
+    with sdpa.activated(unsupported="error"):
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, q, q, None, False)
+        assert_close([out], [efficient([q, q, q], None)[0]])
+    assert lse.shape == (2, 4, 0)
 
 
 LAYOUTS = {
@@ -199,7 +210,7 @@ def test_results_are_laid_out_as_pytorch_says(operator: str, layout: str) -> Non
     """What torch.compile believes: shapes, dtypes and strides of PyTorch's fake kernels."""
     if operator == "cpu" and not ON_CPU:
         pytest.skip("an operator of CPUs")
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         q, k, v = (LAYOUTS[layout](2, 4, 40, 16) for _ in range(3))
 
         def calls(q, k, v) -> list[Tensor]:
@@ -255,7 +266,7 @@ def test_dropout(operator: str) -> None:
         out, _, seed, _ = efficient(tensors, None, 0.3, True)
         return out, seed.reshape(1)
 
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         out, seed = call(tensors)
         got = [out, *torch.autograd.grad(out.square().sum(), tensors)]
         seed = seed.view(torch.int64).clone()
@@ -274,7 +285,7 @@ def test_dropout(operator: str) -> None:
 def test_dropout_drops_its_share() -> None:
     q = torch.zeros(4, 4, 128, 128, device=DEVICE, dtype=DTYPE)
     v = torch.eye(128, device=DEVICE, dtype=DTYPE).expand(4, 4, 128, 128)
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         out = flash([q, q, v], 0.25)[0].float() * 128  # 0 or 1 / 0.75
     share = (out == 0).float().mean().item()
     assert share == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / out.numel()))
@@ -285,7 +296,7 @@ def test_seeds_that_were_copied() -> None:
     """save_on_cpu() brings another tensor back; so would a gather."""
     tensors = [randn(1, 2, 40, 16, requires_grad=True) for _ in range(3)]
     gradients = []
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         for copied in (False, True):
             torch.manual_seed(7)
             pack = (lambda t: t.clone()) if copied else (lambda t: t)
@@ -302,7 +313,7 @@ def test_seeds_that_pytorch_drew(operator: str) -> None:
     q = randn(1, 2, 40, 16)
     lse = torch.zeros(1, 2, 64, device=DEVICE)
     refused = pytest.raises(NotImplementedError, match=r"dropout_p = 0\.5: forward ran in PyTorch")
-    with sdpa.active(unsupported="error"), refused:
+    with sdpa.activated(unsupported="error"), refused:
         if operator == "flash":
             state = torch.tensor([11, 8], dtype=torch.uint64, device=DEVICE)
             lengths = (None, None, 40, 40)
@@ -318,7 +329,9 @@ def test_seeds_that_pytorch_drew(operator: str) -> None:
 
 def test_restoring_between_forward_and_backward_with_dropout() -> None:
     tensors = [randn(1, 2, 40, 16, requires_grad=True) for _ in range(3)]
-    waits = r"^heed\.sdpa computed 1 calls of attention with dropout that may still be diff"
+    waits = (
+        r"^calls of heed\.sdpa with dropout that may still be differentiated = 1 must be 0: run "
+    )
     sdpa.activate()
     out = flash(tensors, 0.5)[0]
     with pytest.raises(RuntimeError, match=waits):
@@ -326,7 +339,7 @@ def test_restoring_between_forward_and_backward_with_dropout() -> None:
     assert current_impl() == "heed"
     out.sum().backward()
     sdpa.restore()
-    with pytest.raises(RuntimeError, match=waits), sdpa.active():
+    with pytest.raises(RuntimeError, match=waits), sdpa.activated():
         out = flash(tensors, 0.5)[0]
     assert current_impl() is None
     del out
@@ -335,13 +348,13 @@ def test_restoring_between_forward_and_backward_with_dropout() -> None:
     with pytest.warns(RuntimeWarning, match=waits):
         registry_restore()
     del out
-    with sdpa.active():  # no gradient, nothing waits
+    with sdpa.activated():  # no gradient, nothing waits
         flash(tensors, 0.5)
 
 
 def test_seeds_are_forgotten() -> None:
     q = randn(1, 1, 4, 8)
-    with sdpa.active():
+    with sdpa.activated():
         for _ in range(300):
             flash([q, q, q], 0.5)
     assert len(sdpa._seeds.storages) <= 64
@@ -360,7 +373,7 @@ def test_varlen(is_causal: bool, ran: Counter) -> None:
     lengths = [13, 0, 40, 1]
     tensors = [randn(54, 4, 16, requires_grad=True) for _ in range(3)]
     cu = ends(lengths).to(DEVICE)
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         out, lse = varlen.varlen_attn(
             *tensors,
             *(cu, cu, 40, 40),
@@ -385,7 +398,7 @@ def test_varlen_newer_arguments() -> None:
     cu = ends([10, 20]).to(DEVICE)
     lengths = (cu, cu, 20, 20)
     packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         out = torch.empty_like(q)
         options = {"scale": 0.5, "window_size": (4, 2), "enable_gqa": True}
         got = varlen.varlen_attn_out(out, q, k, v, *lengths, **options)
@@ -418,7 +431,7 @@ def test_varlen_newer_arguments() -> None:
 def test_refused_arguments_of_flash() -> None:
     q = randn(1, 20, 2, 16)
     lengths = (None, None, 20, 20)
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         with pytest.raises(NotImplementedError, match=r"alibi_slopes must be None"):
             aten._flash_attention_forward(
                 q, q, q, *lengths, 0.0, False, False, alibi_slopes=torch.ones(2, device=DEVICE)
@@ -455,7 +468,7 @@ def test_compiled(ran: Counter) -> None:
     run(compiled)
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert not ran
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         got = run(compiled)
         assert ran == {"forward": 2, "backward": 2}
         assert_close(got, run(step))
@@ -469,7 +482,7 @@ def test_compiled_dropout(ran: Counter) -> None:
         flash_out = aten._scaled_dot_product_flash_attention(q, k, v, 0.5, True)[0]
         return flash_out + efficient([q, k, v], None, 0.5)[0]
 
-    with sdpa.active(unsupported="error"):
+    with sdpa.activated(unsupported="error"):
         compiled = torch.compile(attend, fullgraph=True, dynamic=False)
         gradients = []
         for function in (compiled, attend):
@@ -482,6 +495,13 @@ def test_compiled_dropout(ran: Counter) -> None:
 
 
 # ---- activating and restoring ----
+
+
+def test_the_example_of_the_documents(capsys) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sdpa.md").read_text()
+    code, printed = re.search(r"```python\n(.*?)```\n+```\n(.*?)```", page, re.S).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
 
 
 def registry_restore() -> None:
@@ -517,14 +537,14 @@ def test_restore_really_restores(ran: Counter) -> None:
 
 def test_context_manager() -> None:
     dump = kernels()
-    with pytest.raises(ZeroDivisionError), sdpa.active():
+    with pytest.raises(ZeroDivisionError), sdpa.activated():
         raise ZeroDivisionError
     assert kernels() == dump
-    with sdpa.active():
+    with sdpa.activated():
         sdpa.restore()
     assert kernels() == dump
     torch.backends.cuda.enable_cudnn_sdp(False)
-    with sdpa.active():
+    with sdpa.activated():
         pass
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -543,7 +563,7 @@ def test_through_pytorchs_registry(ran: Counter) -> None:
 def test_nothing_is_said_about_overriding() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with sdpa.active():
+        with sdpa.activated():
             pass
 
 
@@ -552,11 +572,11 @@ def test_bad_calls() -> None:
         sdpa.activate(unsupported="heed")
     with pytest.raises(RuntimeError, match=r"^heed\.sdpa is not active: there is nothing to"):
         sdpa.restore()
-    with sdpa.active():
+    with sdpa.activated():
         dump = kernels()
         with pytest.raises(RuntimeError, match=r"^heed\.sdpa is active already: call restore\(\)"):
             sdpa.activate()
-        with pytest.raises(RuntimeError, match=r"^heed\.sdpa is active already"), sdpa.active():
+        with pytest.raises(RuntimeError, match=r"^heed\.sdpa is active already"), sdpa.activated():
             pass
         assert kernels() == dump
 
@@ -646,5 +666,5 @@ def test_a_failure_while_activating_leaves_nothing(monkeypatch) -> None:
         sdpa.activate()
     assert kernels() == dump and current_impl() is None
     monkeypatch.undo()
-    with sdpa.active():
+    with sdpa.activated():
         pass
