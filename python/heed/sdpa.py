@@ -291,7 +291,9 @@ def _in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
 
     torch.compile relies on it. `tensor` is dense.
     """
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if like.stride() == tensor.stride():
+        return tensor
+    order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
     steps = [like.stride(dim) for dim in order if like.size(dim) > 1]
     if all(a > b > 0 for a, b in pairwise(steps)):
         return tensor

@@ -220,11 +220,11 @@ def test_results_are_laid_out_as_pytorch_says(operator: str, layout: str) -> Non
                 backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
                 return [out, lse, *backward(out, q, k, v, *saved)]
             if operator == "efficient":
-                out, lse, *rest = efficient([q, k, v], None)
-                saved = (None, out, lse, *rest, 0.0, [True] * 4)
+                mask = q.new_zeros(*q.shape[:3], q.shape[2])
+                out, lse, *rest = efficient([q, k, v], mask)
+                saved = (mask, out, lse, *rest, 0.0, [True] * 4)
                 backward = aten._scaled_dot_product_efficient_attention_backward
-                gradients = backward(out, q, k, v, *saved)[:3]
-                return [out, lse, *rest, *gradients]
+                return [out, lse, *rest, *backward(out, q, k, v, *saved)]
             if operator == "flash":
                 out, lse, *lengths, state, unused, mask = flash([q, k, v], 0.5)
                 saved = (out, lse, *lengths, 0.5, False, state, unused)
@@ -292,7 +292,8 @@ def test_dropout_drops_its_share() -> None:
     assert out.max().item() == pytest.approx(1 / 0.75, rel=1e-2)
 
 
-def test_seeds_that_were_copied() -> None:
+@pytest.mark.parametrize("operator", ["flash", "efficient"])
+def test_seeds_that_were_copied(operator: str) -> None:
     """save_on_cpu() brings another tensor back; so would a gather."""
     tensors = [randn(1, 2, 40, 16, requires_grad=True) for _ in range(3)]
     gradients = []
@@ -301,7 +302,8 @@ def test_seeds_that_were_copied() -> None:
             torch.manual_seed(7)
             pack = (lambda t: t.clone()) if copied else (lambda t: t)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                out = flash(tensors, 0.5)[0]
+                call = (tensors, 0.5) if operator == "flash" else (tensors, None, 0.5)
+                out = globals()[operator](*call)[0]
             gradients.append(torch.autograd.grad(out.sum(), tensors))
             del out
     assert_close(gradients[0], gradients[1])
@@ -419,6 +421,7 @@ def test_varlen_newer_arguments() -> None:
             "window_size": (-1, 0),
         }
         got = varlen.varlen_attn(q, *pages, cu, None, 20, 32, **options)
+        assert torch.equal(got, varlen.varlen_attn(q, *pages, cu, cu, 20, 32, **options))
         want = heed.attention(
             q, *pages, causal=True, cu_seqlens_q=cu, page_table=table, seqused_k=used
         )
@@ -426,6 +429,28 @@ def test_varlen_newer_arguments() -> None:
 
         with pytest.raises(NotImplementedError, match=r"num_splits = 1 must be None"):
             varlen.varlen_attn(q, k, v, *lengths, enable_gqa=True, num_splits=1)
+
+
+def test_dense_and_windows_of_flash() -> None:
+    """The operator below varlen_attn takes dense tensors too; None and -1 are no limit."""
+    q, k, v = (randn(2, n, heads, 16) for n, heads in ((30, 4), (40, 2), (40, 2)))
+    lengths = (None, None, 30, 40)
+    windows = {
+        (None, None, False): {},
+        (-1, -1, True): {"causal": True},
+        (5, None, False): {"left": 5},
+        (5, 9, True): {"left": 5, "causal": True},
+        (0, 2, False): {"left": 0, "right": 2},
+    }
+    with sdpa.activated(unsupported="error"):
+        for (left, right, is_causal), options in windows.items():
+            got = aten._flash_attention_forward(
+                *(q, k, v, *lengths, 0.0, is_causal, False),
+                window_size_left=left,
+                window_size_right=right,
+            )
+            want = heed.attention(q, k, v, **options, return_lse=True)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=False)), options
 
 
 def test_refused_arguments_of_flash() -> None:
@@ -662,9 +687,10 @@ def test_a_failure_while_activating_leaves_nothing(monkeypatch) -> None:
         return lambda *args, **options: None
 
     monkeypatch.setattr(sdpa, "_kernel", fail)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError) as caught:
         sdpa.activate()
     assert kernels() == dump and current_impl() is None
+    del caught  # its frames hold the library
     monkeypatch.undo()
     with sdpa.activated():
         pass
