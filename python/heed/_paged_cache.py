@@ -1,8 +1,9 @@
 """Attention over the cache of Transformers' continuous batching, without gathering keys and values.
 
-A cache keeps the keys of a layer in pages of rows, and a step of generation lists for every request
-the rows to read, its own new ones among them. heed writes the new keys and values where Transformers
-would, makes a page table of the list once per step, and reads the pages where they lie.
+A cache keeps the keys of a layer in pages of rows, and a step of generation lists for every
+request the rows to read, its own new ones among them. heed writes the new keys and values where
+Transformers would, makes a page table of the list once per step, and reads the pages where they
+lie.
 
 The cache of a layer with a window is a ring: a prompt that goes on overwrites rows that its own
 first queries still see. Only there, and only where a request has several new tokens, are keys
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -41,21 +44,23 @@ class LayerCache(NamedTuple):
     """Where the cache keeps one layer."""
 
     group: int
-    kind: str
     k: Tensor  # [pages, page_size, heads, head_dim]
     v: Tensor
     window: int | None  # rows of the ring of a request
     trash: int  # a row that nothing reads
+
+    @property
+    def kind(self) -> str:
+        return "full_attention" if self.window is None else "sliding_attention"
 
 
 def layer_cache(cache: object, layer: int) -> LayerCache:
     """One layer of a PagedAttentionCache."""
     if hasattr(cache, "layer_to_allocator"):
         own = cache.layer_to_allocator[layer]
-        k, v = own._kv_page_views[layer]
         window = getattr(own, "sliding_window", None)
-        return LayerCache(own.index, own.layer_type, k, v, window, own.write_trash_index)
-    if hasattr(cache, "layer_index_to_group_indices"):  # before Transformers 5.17
+        return LayerCache(own.index, *own._kv_page_views[layer], window, own.write_trash_index)
+    if hasattr(cache, "layer_index_to_group_indices"):  # before Transformers 5.18
         group, index = cache.layer_index_to_group_indices[layer]
         k, v = (
             rows[index].unflatten(0, (-1, cache.block_size))
@@ -63,12 +68,17 @@ def layer_cache(cache: object, layer: int) -> LayerCache:
         )
         window = cache.sliding_windows[layer]
         if window == 1:  # how these releases say that there is none
-            return LayerCache(group, "full_attention", k, v, None, -1)
-        return LayerCache(group, "sliding_attention", k, v, window, -1)
+            return LayerCache(group, k, v, None, -1)
+        if Version(transformers.__version__) >= Version("5.17.0"):
+            return LayerCache(group, k, v, window, -1)
+        raise NotImplementedError(
+            f"sliding_window = {window} is not supported in continuous batching of Transformers "
+            f"{transformers.__version__}, which loses the newest key of a full window: install "
+            "5.17 or newer"
+        )
     raise NotImplementedError(
         f"cache = {type(cache).__name__} is not supported by heed: it must be the "
-        "PagedAttentionCache of a supported Transformers; "
-        'load the model with attn_implementation="sdpa"'
+        "PagedAttentionCache of Transformers 5.4 or newer"
     )
 
 
@@ -108,9 +118,7 @@ def attend(
         pages = _once_per_step(_pages, read, cu_k, own.k.shape[1], max_k)
         if decodes:
             return _decode(q, own.k, own.v, pages, left, scores)
-        return attention(
-            q, own.k, own.v, seqused_k=pages.lengths, page_table=pages.table, **packed
-        )
+        return attention(q, own.k, own.v, seqused_k=pages.lengths, page_table=pages.table, **packed)
     if decodes:
         _write(own, write, k, v)
         # Rows of a ring are not in order and need no order: one query sees all of them.
@@ -118,9 +126,8 @@ def attend(
         k, v = (x.flatten(0, 1)[:, None] for x in (own.k, own.v))  # pages of one row
         return _decode(q, k, v, rows, None, scores)
     place = _once_per_step(_places_of_new, read, cu_k, cu_q, k.shape[0])
-    old = read.clamp(min=0)  # a negative row stands for a new token in some releases
     packed_k, packed_v = (
-        cached.flatten(0, 1).index_select(0, old).index_copy_(0, place, new)
+        cached.flatten(0, 1).index_select(0, read).index_copy_(0, place, new)
         for cached, new in ((own.k, k), (own.v, v))
     )
     _write(own, write, k, v)

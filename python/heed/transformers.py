@@ -176,9 +176,7 @@ def paged_attention_forward(
         )
     for name, given in (("attention_mask", attention_mask), ("position_bias", position_bias)):
         if given is not None:
-            raise NotImplementedError(
-                f'{name} is not supported by "paged|heed": {_PAGED_EAGER}'
-            )
+            raise NotImplementedError(f'{name} is not supported by "paged|heed": {_PAGED_EAGER}')
     _refuse(kwargs)
     own = _paged_cache.layer_cache(cache, module.layer_idx)
     step = _paged_cache.Step(
@@ -367,3 +365,4 @@ class _Queries:
 AttentionInterface.register("heed", attention_forward)
 AttentionMaskInterface.register("heed", key_interval_mask)
 _serving.register(paged_attention_forward)
+run_server = _serving.run_server
