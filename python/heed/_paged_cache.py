@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -67,15 +66,13 @@ def layer_cache(cache: object, layer: int) -> LayerCache:
             for rows in (cache.key_cache, cache.value_cache)
         )
         window = cache.sliding_windows[layer]
-        if window == 1:  # how these releases say that there is none
-            return LayerCache(group, k, v, None, -1)
-        if Version(transformers.__version__) >= Version("5.17.0"):
-            return LayerCache(group, k, v, window, -1)
-        raise NotImplementedError(
-            f"sliding_window = {window} is not supported in continuous batching of Transformers "
-            f"{transformers.__version__}, which loses the newest key of a full window: install "
-            "5.17 or newer"
-        )
+        if window != 1:  # how these releases say that there is none
+            # Up to 5.15 they read a full ring without its newest key.
+            raise NotImplementedError(
+                f"sliding_window = {window} is not supported in continuous batching of "
+                f"Transformers {transformers.__version__}: install 5.18 or newer"
+            )
+        return LayerCache(group, k, v, None, -1)
     raise NotImplementedError(
         f"cache = {type(cache).__name__} is not supported by heed: it must be the "
         "PagedAttentionCache of Transformers 5.4 or newer"

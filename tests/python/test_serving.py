@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from transformers.generation.continuous_batching import cache as cb_cache
 NEW = 12
 FULL, WINDOWED = ("llama", "qwen3"), ("mistral", "gemma3_text", "gpt_oss")
 FIELDS = {f.name for f in dataclasses.fields(ContinuousBatchingConfig)}
-WINDOWS_WORK = Version(transformers.__version__) >= Version("5.17.0")
+WINDOWS_WORK = Version(transformers.__version__) >= Version("5.18.0")
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -45,7 +47,7 @@ def serve(name: str, attention: str, prompts: list[list[int]], **options):
         "return_logprobs": not EXACT,
         **options,
     }
-    if "page_size" not in FIELDS:  # before Transformers 5.17
+    if "page_size" not in FIELDS:  # its name in older releases
         options["block_size"] = options.pop("page_size")
     generation = GenerationConfig(
         max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
@@ -112,7 +114,7 @@ def steps(monkeypatch):
 
 def skip_broken_windows(name: str) -> None:
     if name in WINDOWED and not WINDOWS_WORK:
-        pytest.skip("before Transformers 5.17 a full window loses its newest key")
+        pytest.skip("before Transformers 5.18 a full window loses its newest key")
 
 
 @pytest.mark.parametrize("name", FULL + WINDOWED)
@@ -212,6 +214,18 @@ def test_cuda_graphs(name, use_async):
 def test_other_models_keep_their_attention():
     """The wrapped functions of Transformers do nothing to a model that is not heed's."""
     assert_same(serve("llama", "sdpa", PROMPTS[:2]), expected("llama", 0, 2))
+
+
+def test_example_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    names = {}
+    try:
+        exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    except TypeError as error:  # an argument that older releases do not have
+        pytest.skip(str(error))
+    except MemoryError as error:
+        pytest.skip(f"this Transformers needs psutil on a CPU: {error}")
+    assert [len(tokens) for tokens in names["tokens"]] == [8, 8, 8]
 
 
 # ---- what is refused ----
