@@ -32,6 +32,7 @@ if ON_GPU:
 else:
     from bench import machine
 
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 DEVICE = "cuda" if ON_GPU else "cpu"
 SCALE = 8 if ON_GPU else 1  # requests, and how much longer prompts are
 
@@ -156,7 +157,7 @@ def measure(work: Work, attentions: list[str], rounds: int, dtype: torch.dtype) 
         server.stop()
     rates = {name: work.requests / statistics.median(times) for name, times in seconds.items()}
     print(
-        f"{work.name:14} {work.shape:60} "
+        f"{work.name:14} {work.shape:60} {DTYPES[dtype]} "
         + "  ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
         + f"  requests/s; {same} of {total} results have the same tokens",
         flush=True,
@@ -164,6 +165,7 @@ def measure(work: Work, attentions: list[str], rounds: int, dtype: torch.dtype) 
     return {
         "work": work.name,
         "shape": work.shape,
+        "dtype": DTYPES[dtype],
         "new_tokens": work.new,
         "requests_per_s": rates,
         "seconds": seconds,
@@ -174,23 +176,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=list(DTYPES.values()), help="default: both")
     parser.add_argument("--attentions", default="heed,sdpa", help="names, separated by commas")
     parser.add_argument("--only", choices=[work.name for work in WORKS])
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    dtypes = [d for d, name in DTYPES.items() if args.dtype in (None, name)]
+    if ON_GPU:  # heed's kernels there take 16 bits
+        dtypes = [torch.bfloat16]
     works = [work for work in WORKS if args.only in (None, work.name)]
     with torch.no_grad():
         cells = [
-            measure(work, args.attentions.split(","), args.rounds, getattr(torch, args.dtype))
+            measure(work, args.attentions.split(","), args.rounds, dtype)
+            for dtype in dtypes
             for work in works
         ]
     if args.save:
         own = {
             "transformers": transformers.__version__,
             "python": platform.python_version(),
-            "dtype": args.dtype,
         }
         path = HERE / "results" / f"{args.save}.json"
         path.write_text(json.dumps({"machine": machine() | own, "cells": cells}, indent=1) + "\n")

@@ -81,22 +81,25 @@ def model_table(data: dict) -> str:
 
 
 def serving_table(data: dict) -> str:
-    """One line per workload with the attentions side by side, then where and how it was measured."""
+    """One line per workload with the attentions side by side, then where it was measured."""
     names = list(dict.fromkeys(name for cell in data["cells"] for name in cell["requests_per_s"]))
     lines = [
-        f"| work | shape | {' | '.join(f'{name} requests/s' for name in names)} | heed over sdpa |",
-        "|---|---|" + "---|" * (len(names) + 1),
+        f"| work | shape | dtype | {' | '.join(f'{name} requests/s' for name in names)} "
+        "| heed over sdpa |",
+        "|---|---|---|" + "---|" * (len(names) + 1),
     ]
     for cell in data["cells"]:
         rate = cell["requests_per_s"]
         rates = [f"{rate[name]:.3g}" if name in rate else "-" for name in names]
         over = f"**{rate['heed'] / rate['sdpa']:.2f}x**"
-        lines.append(f"| {' | '.join([cell['work'], cell['shape'], *rates, over])} |")
+        lines.append(
+            f"| {' | '.join([cell['work'], cell['shape'], cell['dtype'], *rates, over])} |"
+        )
     m = data["machine"]
     where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`"
     lines += [
         "",
-        f"{where}, {m['dtype']}, torch {m['torch']}, Transformers {m['transformers']}, "
+        f"{where}, torch {m['torch']}, Transformers {m['transformers']}, "
         f"{m['date']}, commit `{m['commit']}`: `{m['command']}`",
     ]
     return "\n".join(lines)

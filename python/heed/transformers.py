@@ -174,6 +174,11 @@ def paged_attention_forward(
             'cache = None must be the cache of continuous batching: "paged|heed" is for '
             'generate_batch, attn_implementation="heed" for everything else'
         )
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            'config.is_encoder_decoder = True is not supported by "paged|heed", which serves '
+            "decoders without cross-attention: use generate()"
+        )
     for name, given in (("attention_mask", attention_mask), ("position_bias", position_bias)):
         if given is not None:
             raise NotImplementedError(f'{name} is not supported by "paged|heed": {_PAGED_EAGER}')

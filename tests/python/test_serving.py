@@ -24,7 +24,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cache as cb_cache
 
 NEW = 12
-FULL, WINDOWED = ("llama", "qwen3"), ("mistral", "gemma3_text", "gpt_oss")
+FULL, WINDOWED = ("llama", "qwen3", "paligemma"), ("mistral", "gemma3_text", "gemma3", "gpt_oss")
 FIELDS = {f.name for f in dataclasses.fields(ContinuousBatchingConfig)}
 WINDOWS_WORK = Version(transformers.__version__) >= Version("5.18.0")
 
@@ -231,8 +231,9 @@ def test_example_of_the_documentation():
 # ---- what is refused ----
 
 
-def paged_call(**changes):
+def paged_call(is_encoder_decoder=False, **changes):
     model = build(available("llama"), "eager")
+    model.config.is_encoder_decoder = is_encoder_decoder
     q, k = (torch.randn(1, heads, 3, 8, device=DEVICE) for heads in (4, 2))
     arguments = {"attention_mask": None, "cache": object(), **changes}
     return heed.transformers.paged_attention_forward(
@@ -247,6 +248,7 @@ def paged_call(**changes):
         ({"cache": object()}, NotImplementedError, "cache = object is not supported by heed"),
         ({"attention_mask": torch.ones(1, 1, 3, 3)}, NotImplementedError, "attention_mask is not"),
         ({"position_bias": torch.ones(1, 1, 3, 3)}, NotImplementedError, "position_bias is not"),
+        ({"is_encoder_decoder": True}, NotImplementedError, "config.is_encoder_decoder = True is"),
         ({"output_attentions": True}, NotImplementedError, "output_attentions is not supported"),
     ],
 )
