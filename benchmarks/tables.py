@@ -96,7 +96,8 @@ def serving_table(data: dict) -> str:
             f"| {' | '.join([cell['work'], cell['shape'], cell['dtype'], *rates, over])} |"
         )
     m = data["machine"]
-    where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`"
+    threads = "1 thread" if m.get("threads") == "1" else f"{m.get('threads')} threads"
+    where = m.get("gpu") or f"{m['cpu']}, {threads}, kernels `{m['kernels']}`"
     lines += [
         "",
         f"{where}, torch {m['torch']}, Transformers {m['transformers']}, "

@@ -57,8 +57,10 @@ def _allow_heed(original: Callable, models: object) -> None:
 
 
 def _wrap(owner: object, name: str, wrapper: Callable) -> None:
-    """owner.name(...) becomes wrapper(the function that it was, ...)."""
-    original = getattr(owner, name)
+    """owner.name(...) becomes wrapper(the function that it was, ...), where there is one."""
+    original = getattr(owner, name, None)
+    if original is None:
+        return
 
     @functools.wraps(original)
     def wrapped(*args, **kwargs):
