@@ -80,6 +80,32 @@ def model_table(data: dict) -> str:
     return "\n".join(lines)
 
 
+def serving_table(data: dict) -> str:
+    """One line per workload with the attentions side by side, then where it was measured."""
+    names = list(dict.fromkeys(name for cell in data["cells"] for name in cell["requests_per_s"]))
+    lines = [
+        f"| work | shape | dtype | {' | '.join(f'{name} requests/s' for name in names)} "
+        "| heed over sdpa |",
+        "|---|---|---|" + "---|" * (len(names) + 1),
+    ]
+    for cell in data["cells"]:
+        rate = cell["requests_per_s"]
+        rates = [f"{rate[name]:.3g}" if name in rate else "-" for name in names]
+        over = f"**{rate['heed'] / rate['sdpa']:.2f}x**"
+        lines.append(
+            f"| {' | '.join([cell['work'], cell['shape'], cell['dtype'], *rates, over])} |"
+        )
+    m = data["machine"]
+    threads = "1 thread" if m.get("threads") == "1" else f"{m.get('threads')} threads"
+    where = m.get("gpu") or f"{m['cpu']}, {threads}, kernels `{m['kernels']}`"
+    lines += [
+        "",
+        f"{where}, torch {m['torch']}, Transformers {m['transformers']}, "
+        f"{m['date']}, commit `{m['commit']}`: `{m['command']}`",
+    ]
+    return "\n".join(lines)
+
+
 def gpu_caption(m: dict) -> str:
     return (
         f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, cuDNN {m['cudnn']}, {m['date']}, "
@@ -191,6 +217,8 @@ def table_of(data: dict, part: str) -> str:
         return cuda_build_table(data, part)
     if "kernels" in data:
         return support_table(data)
+    if "requests_per_s" in data["cells"][0]:
+        return serving_table(data)
     if "rate" in data["cells"][0]:
         return gpu_kernel_table(data, part)
     return model_table(data) if "ms" in data["cells"][0] else speed_table(data)

@@ -1,4 +1,4 @@
-"""Registers the attention implementation "heed" in Transformers; importing this module does it."""
+"""Registers "heed" and "paged|heed" in Transformers; importing this module does it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from heed import _masks, attention, ops
+from heed import _masks, _paged_cache, _serving, attention, ops
 
 OLDEST, NEWEST, BEYOND = "4.53.0", "5.23.0", "6.0.0"
 
@@ -33,6 +33,8 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 # Arguments that change the result and that heed does not compute, each with the way out.
 _EAGER = 'load the model with attn_implementation="eager"'
 _SDPA = 'load the model with attn_implementation="sdpa"'
+_PAGED_EAGER = 'load the model with attn_implementation="paged|eager"'
+_PAGED = 'generate_batch and init_continuous_batching choose "paged|heed" by themselves'
 _REFUSED = {
     "output_attentions": _EAGER,
     "head_mask": _EAGER,
@@ -42,8 +44,8 @@ _REFUSED = {
     "sinks": _EAGER,
     "indices": _SDPA,
     "block_indices": _SDPA,
-    "cache": _SDPA,
-    "block_table": _SDPA,
+    "cache": _PAGED,
+    "block_table": _PAGED,
 }
 
 
@@ -141,6 +143,66 @@ def attention_forward(
         dropout_p=dropout,
     )
     return out, None
+
+
+@torch.compiler.disable  # writes into the cache, of which functionalization would make a copy
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: object = None,
+    block_table: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: dict[str, Tensor] | Tensor | None = None,
+    read_index: list[Tensor] | None = None,
+    write_index: list[Tensor] | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attends from the new tokens of many requests, query, key and value [1, heads, tokens,
+    head_dim], to these and to what a PagedAttentionCache holds. Returns [1, tokens, heads,
+    head_dim]."""
+    if cache is None:
+        raise ValueError(
+            'cache = None must be the cache of continuous batching: "paged|heed" is for '
+            'generate_batch, attn_implementation="heed" for everything else'
+        )
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            'config.is_encoder_decoder = True is not supported by "paged|heed", which serves '
+            "decoders without cross-attention: use generate()"
+        )
+    for name, given in (("attention_mask", attention_mask), ("position_bias", position_bias)):
+        if given is not None:
+            raise NotImplementedError(f'{name} is not supported by "paged|heed": {_PAGED_EAGER}')
+    _refuse(kwargs)
+    own = _paged_cache.layer_cache(cache, module.layer_idx)
+    step = _paged_cache.Step(
+        cu_seq_lens_q,
+        cu_seq_lens_k,
+        *(kwargs.get(f"max_length_{x}", kwargs.get(f"max_seqlen_{x}")) for x in "qk"),
+        read_index,
+        write_index,
+        block_table,
+    )
+    out = _paged_cache.attend(
+        own,
+        step,
+        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        own.window if sliding_window is None else sliding_window,
+        scale=scaling,
+        softcap=softcap or 0.0,
+        sink=s_aux,
+        dropout_p=dropout,
+    )
+    return out[None], None
 
 
 def _refuse(arguments: dict) -> None:
@@ -307,3 +369,5 @@ class _Queries:
 
 AttentionInterface.register("heed", attention_forward)
 AttentionMaskInterface.register("heed", key_interval_mask)
+_serving.register(paged_attention_forward)
+run_server = _serving.run_server
