@@ -94,6 +94,7 @@ Mismatch mismatch(const KernelRow& row, const Request& request) {
     return Mismatch::head_dim;
   if (row.max_query_rows > 0 && request.query_rows > row.max_query_rows)
     return Mismatch::query_rows;
+  if (row.max_seqlen_k > 0 && request.seqlen_k > row.max_seqlen_k) return Mismatch::seqlen_k;
   if (row.smem_bytes > request.smem_bytes) return Mismatch::smem;
   if (row.bulk) {
     if (!request.bulk) return Mismatch::alignment;
@@ -135,6 +136,9 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
     case Mismatch::query_rows:
       return "takes up to " + std::to_string(row.max_query_rows) +
              " query rows per key head, here " + std::to_string(request.query_rows);
+    case Mismatch::seqlen_k:
+      return "takes up to " + std::to_string(row.max_seqlen_k) + " keys of an entry, here " +
+             std::to_string(request.seqlen_k);
     case Mismatch::score:
       return std::string("computes ") + name_of(row.score) + " scores, here " +
              name_of(request.score);

@@ -20,10 +20,10 @@ const char* name_of(Pass pass);
 struct KernelRow {
   Arch arch;
   Pass pass;
-  DType dtype;    // of q, k, v, out, dout, dq, dk, dv
-  DType operand;  // what P and dS are rounded to before they are multiplied again
-  int tile_m;     // query rows per step
-  int tile_n;     // keys per step
+  DType dtype;         // of q, k, v, out, dout, dq, dk, dv
+  DType operand;       // what P and dS are rounded to before they are multiplied again
+  int tile_m;          // query rows per step
+  int tile_n;          // keys per step
   int max_head_dim;    // of q and k, and of v unless max_head_dim_v says otherwise
   int max_query_rows;  // decode: most rows seqlen_q * heads_q / heads_k of one key head; 0: any
 
@@ -40,6 +40,7 @@ struct KernelRow {
   // not negative, and tiles and pages fit into each other.
   bool bulk = false;
   int max_head_dim_v = 0;  // 0: max_head_dim
+  int max_seqlen_k = 0;    // most keys of an entry; 0: any
 };
 // "avx512/forward/bf16"; of a GPU also head_dim, score and tile:
 // "sm80/forward/bf16/hdim64/plain/128x128".
@@ -62,6 +63,7 @@ enum class Mismatch : std::uint8_t {
   scale,
   page_size,
   query_rows,
+  seqlen_k,
   smem,
   forced
 };
@@ -78,7 +80,8 @@ struct Request {
   int smem_bytes = 0;  // GPU: that a block can have
   bool bulk = true;    // is_bulk() of the problem
   bool negative_scale = false;
-  int page_size = 0;  // 0: no pages
+  int page_size = 0;          // 0: no pages
+  std::int64_t seqlen_k = 0;  // most keys that an entry can have
 };
 // Whether a device of one family runs the kernels of another.
 bool serves(Arch row, Arch device);

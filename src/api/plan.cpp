@@ -36,7 +36,8 @@ Request request_of(Pass pass, const ForwardProblem& p, const Device& device,
           .smem_bytes = device.smem_bytes > 0 ? device.smem_bytes : most_smem_bytes(device.arch),
           .bulk = is_bulk(p),
           .negative_scale = p.score.scale.value_or(1.f) < 0.f,
-          .page_size = p.paged.page_table == nullptr ? 0 : static_cast<int>(p.k.shape[1])};
+          .page_size = p.paged.page_table == nullptr ? 0 : static_cast<int>(p.k.shape[1]),
+          .seqlen_k = max_seqlen_k(p)};
 }
 
 Status no_kernel(const Request& request) {

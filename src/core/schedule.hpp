@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
+#include "core/divisor.hpp"
 #include "core/sequence.hpp"
 
 namespace heed {
@@ -39,18 +41,34 @@ constexpr int gpu_splits(const SplitRequest& r, int wanted) {
   return static_cast<int>(best);
 }
 
-// Blocks of a forward pass: items (heads of entries) in turns of `at_once`, whose keys and values
-// stay in L2 together; within a turn first the first tile of every item, then the second ones. So
-// the blocks that start last are the lightest of a causal band.
+// The order of blocks: items (heads of entries) in turns of `at_once`, whose keys and values stay in
+// L2 together; within a turn first the first tile of every item, then the second ones. So the
+// blocks that start last are the lightest of a causal band.
 struct ItemTile {
   int item, tile;
 };
-constexpr ItemTile item_tile(int block, int items, int at_once, int tiles) {
-  const int first = block / (at_once * tiles) * at_once;
-  const int count = items - first < at_once ? items - first : at_once;
-  const int rest = block - first * tiles;
-  return {first + rest % count, rest / count};
-}
+struct ItemOrder {
+  int items = 0;
+  Divisor per_turn;          // blocks
+  Divisor at_once, in_last;  // items of a turn, and of the last one
+
+  constexpr ItemOrder() = default;
+  // Nothing may be computed of an order whose items * tiles exceeds 2^31 - 1.
+  constexpr ItemOrder(int all, int together, int tiles)
+      : items(all), at_once(static_cast<int>(clamp64(together, 1, all < 1 ? 1 : all))) {
+    in_last = Divisor(all % at_once.value == 0 ? at_once.value : all % at_once.value);
+    per_turn = Divisor(static_cast<int>(
+        clamp64(std::int64_t{at_once.value} * tiles, 1, std::numeric_limits<int>::max())));
+  }
+
+  // block < items * tiles
+  constexpr ItemTile at(int block) const {
+    const int turn = block / per_turn, first = turn * at_once.value;
+    const Divisor& count = items - first < at_once.value ? in_last : at_once;
+    const int rest = block - turn * per_turn.value, tile = rest / count;
+    return {first + rest - tile * count.value, tile};
+  }
+};
 
 // Heads of entries whose keys and values fill half of the 40 to 50 MB of L2 that an A100 or H200
 // has; not more than there are.

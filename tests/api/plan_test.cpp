@@ -221,7 +221,7 @@ TEST_F(Hopper, PagesFitIntoTilesOrTilesIntoPages) {
     ForwardProblem p = hopper_problem(512, 512, head_dim, head_dim);
     for (ConstTensorView* x : {&p.k, &p.v})
       *x = contiguous(x->data, DType::bf16, {64, page_size, 4, head_dim});
-    p.paged = {&table, 16};
+    p.paged = {&table, 32};
     p.sequences.seqused_k = &used;
     return chosen(p).substr(0, 4);
   };
@@ -229,6 +229,17 @@ TEST_F(Hopper, PagesFitIntoTilesOrTilesIntoPages) {
   for (const int page_size : {1, 4, 24, 96, 192}) EXPECT_EQ(paged(page_size, 64), "sm80");
   for (const int page_size : {16, 80}) EXPECT_EQ(paged(page_size, 256), "sm90");
   for (const int page_size : {32, 256}) EXPECT_EQ(paged(page_size, 256), "sm80");
+}
+
+TEST_F(Hopper, FewKeysTakeTilesThatDivideThem) {
+  const auto row = [](std::int64_t seqlen_k) {
+    const Result<Plan> made = plan(hopper_problem(512, seqlen_k, 256, 256), kH200);
+    return made.ok() ? name_of(*made->row) : made.status().message();
+  };
+  EXPECT_EQ(row(512), "sm90/forward/bf16/hdim256/plain/128x64");
+  EXPECT_EQ(row(513), "sm90/forward/bf16/hdim256/plain/128x80");
+  const std::string text = explain(hopper_problem(512, 513, 256, 256), kH200);
+  EXPECT_NE(text.find("takes up to 512 keys of an entry, here 513"), std::string::npos) << text;
 }
 
 TEST_F(Hopper, FewTilesSplitTheirKeys) {

@@ -3,8 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
+#include <limits>
+#include <random>
 #include <set>
 #include <utility>
+#include <vector>
 
 namespace heed {
 namespace {
@@ -15,7 +19,7 @@ TEST(Schedule, EveryTileOfEveryItemIsVisitedOnce) {
       for (const int tiles : {1, 3, 16}) {
         std::set<std::pair<int, int>> seen;
         for (int block = 0; block < items * tiles; ++block) {
-          const ItemTile at = item_tile(block, items, at_once, tiles);
+          const ItemTile at = ItemOrder(items, at_once, tiles).at(block);
           EXPECT_TRUE(at.item >= 0 && at.item < items && at.tile >= 0 && at.tile < tiles);
           EXPECT_TRUE(seen.insert({at.item, at.tile}).second);
         }
@@ -24,12 +28,43 @@ TEST(Schedule, EveryTileOfEveryItemIsVisitedOnce) {
 }
 
 TEST(Schedule, FirstTilesOfATurnComeFirst) {
-  EXPECT_EQ(item_tile(0, 6, 4, 3).item, 0);
-  EXPECT_EQ(item_tile(3, 6, 4, 3).item, 3);
-  EXPECT_EQ(item_tile(3, 6, 4, 3).tile, 0);
-  EXPECT_EQ(item_tile(4, 6, 4, 3).tile, 1);
-  EXPECT_EQ(item_tile(12, 6, 4, 3).item, 4);  // the second turn has two items
-  EXPECT_EQ(item_tile(14, 6, 4, 3).tile, 1);
+  constexpr ItemOrder kOrder(6, 4, 3);
+  EXPECT_EQ(kOrder.at(0).item, 0);
+  EXPECT_EQ(kOrder.at(3).item, 3);
+  EXPECT_EQ(kOrder.at(3).tile, 0);
+  EXPECT_EQ(kOrder.at(4).tile, 1);
+  EXPECT_EQ(kOrder.at(12).item, 4);  // the second turn has two items
+  EXPECT_EQ(kOrder.at(14).tile, 1);
+}
+
+TEST(Schedule, OrdersOfNothingAndOfTooMuchCanBeMade) {
+  for (const ItemOrder order : {ItemOrder(0, 4, 3), ItemOrder(6, 4, 0), ItemOrder(6, 0, 3)})
+    EXPECT_GE(order.at_once.value, 1);
+  EXPECT_EQ(ItemOrder(1 << 30, 1 << 30, 1 << 30).items, 1 << 30);
+}
+
+TEST(Divisor, DividesAsIntegersDo) {
+  constexpr int kMost = std::numeric_limits<int>::max();
+  std::vector<int> divisors{1,   2,   3,     5,     7,       64,        127,
+                            128, 641, 65535, 65536, 1 << 30, kMost - 1, kMost};
+  std::mt19937 random(1);
+  for (int i = 0; i < 200; ++i) divisors.push_back(1 + static_cast<int>(random() >> (1 + i % 30)));
+  for (const int divisor : divisors) {
+    const Divisor d(divisor);
+    const auto expect = [&](std::int64_t n) {
+      if (n < 0 || n > kMost) return;
+      const int x = static_cast<int>(n);
+      ASSERT_EQ(x / d, x / divisor) << x << " / " << divisor;
+      ASSERT_EQ(x % d, x % divisor) << x << " % " << divisor;
+    };
+    for (int i = 0; i < 1000; ++i) {
+      const std::int64_t multiple = std::int64_t{divisor} * (random() >> (1 + i % 30));
+      for (const int step : {-1, 0, 1}) expect(multiple + step);
+      expect(random() >> 1);
+    }
+    for (const std::int64_t n : {0, 1, kMost - 1, kMost}) expect(n);
+    expect(std::int64_t{kMost} / divisor * divisor - 1);
+  }
 }
 
 TEST(Schedule, SplitsFillTheGpuAndStayInBounds) {

@@ -37,6 +37,7 @@ nlohmann::json to_json(const KernelRow& row, const std::string& why_not) {
           {"tile_n", row.tile_n},
           {"max_head_dim", row.max_head_dim},
           {"max_query_rows", row.max_query_rows},
+          {"max_seqlen_k", row.max_seqlen_k},
           {"score", name_of(row.score)},
           {"smem_bytes", row.smem_bytes},
           {"runs_here", why_not.empty()},

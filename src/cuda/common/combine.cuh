@@ -7,15 +7,38 @@
 
 #include "core/softmax_state.hpp"
 #include "core/workspace.hpp"
+#include "cuda/tile/rowwise.cuh"
 #include "heed/problem.hpp"
 #include "heed/status.hpp"
 
 namespace heed::cuda {
 
+// What kernels leave of every part of the keys, by the row's index in lse.
 struct Parts {
-  float* out = nullptr;
-  SoftmaxState* states = nullptr;
+  float* out = nullptr;            // [splits, rows of lse, width]
+  SoftmaxState* states = nullptr;  // [splits, rows of lse]; an empty one has no out
 };
+
+// Leaves the sums and statistics of a warp's rows. `index(slot)`: the row's in `to`, whose width is
+// the accumulator's; negative: there is no such row.
+template <int kM, int kN, class Index>
+__device__ __forceinline__ void store_part(const Parts& to, const tile::Accumulator<kM, kN>& acc,
+                                           const tile::RowSoftmax<kM>& softmax,
+                                           const Index& index) {
+  float* target[2 * kM];
+#pragma unroll
+  for (int slot = 0; slot < 2 * kM; ++slot) {
+    const SoftmaxState state = softmax.state(slot);
+    const std::int64_t i = index(slot);
+    const bool empty = state.max == -kInfinity && state.sum == 0.f;
+    target[slot] = i >= 0 && !empty ? to.out + i * (8 * kN) : nullptr;
+    if (i >= 0 && tile::lane() % 4 == 0) to.states[i] = state;
+  }
+  tile::for_each_pair(acc, [&](int slot, int col, float x, float y) {
+    if (target[slot] != nullptr) *reinterpret_cast<float2*>(target[slot] + col) = {x, y};
+  });
+}
+
 // What kernels leave for combine, of a width that is at least v.head_dim; nothing for one part.
 inline Parts carve_parts(WorkspaceLayout& layout, const ForwardProblem& problem, int splits,
                          int width) {

@@ -75,8 +75,8 @@ struct BackwardConfig {
 struct BackwardParams {
   BackwardProblem problem;  // pointers are device pointers
   float scale;
-  int n_tiles;        // per entry
-  int items_at_once;  // key heads of entries, see item_tile
+  int n_tiles;      // per entry
+  ItemOrder order;  // items are key heads of all entries
   int group;
   cuda::QueryTiles tiles;
   const cuda::BackwardRow* rows;   // as lse
@@ -429,8 +429,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(128) unsigned char shared[];
   auto& smem = *reinterpret_cast<typename C::Smem*>(shared);
   const int heads_k = static_cast<int>(p.problem.forward.k.heads());
-  const int items = static_cast<int>(gridDim.x) / p.n_tiles;
-  const ItemTile block = item_tile(static_cast<int>(blockIdx.x), items, p.items_at_once, p.n_tiles);
+  const ItemTile block = p.order.at(static_cast<int>(blockIdx.x));
   BackwardWork work{};
   work.at = slice_of(p.problem.forward, block.item / heads_k);
   work.limits = p.limits + p.tiles.index(work.at, 0);

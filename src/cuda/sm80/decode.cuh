@@ -6,7 +6,6 @@
 #include <array>
 
 #include "core/workspace.hpp"
-#include "cuda/common/combine.cuh"
 #include "cuda/sm80/forward.cuh"
 
 namespace heed::sm80 {
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(C::kThreads, C::tile.ctas)
     if (tile::warp() % C::tile.key_warps > 0) return;
   }
   if (p.splits > 1) {
-    store_partial<C>(p, work, attention.acc_o, attention.softmax);
+    store_part<C>(p, work, attention.acc_o, attention.softmax);
   } else {
     store_out<C>(p, smem, work, attention.acc_o, attention.softmax);
   }
@@ -98,8 +97,7 @@ Status launch_decode(const Plan& plan, const ForwardProblem& f, Workspace worksp
   params.m_tiles =
       static_cast<int>((max_seqlen_q(f) * params.group + C::tile.tile_m - 1) / C::tile.tile_m);
   params.splits = plan.splits > 1 ? plan.splits : 1;
-  params.partial_out = memory.out;
-  params.partial_states = memory.states;
+  params.parts = memory;
   const std::int64_t tasks = params.m_tiles * f.k.heads() * batch_entries(f);
   if (Status s = cuda::launch<decode<C>>({.blocks = params.splits * tasks,
                                           .threads = C::kThreads,

@@ -20,6 +20,7 @@
 #include "core/mask.hpp"
 #include "core/schedule.hpp"
 #include "core/softmax_state.hpp"
+#include "cuda/common/combine.cuh"
 #include "cuda/common/fill_gaps.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
@@ -69,14 +70,12 @@ struct ForwardParams {
   float scale;                            // > 0
   bool negative;                          // scores are -scale q k
   int m_tiles;                            // per entry
-  int items;                              // heads of all entries
-  int items_at_once;                      // whose keys and values stay in L2 together
+  ItemOrder order;                        // items are heads of all entries
   int group;                              // query heads of one key head
   bool q_wide, k_wide, v_wide, out_wide;  // rows may be copied 16 bytes at a time
   // Packed rows only: keys are split, and each part leaves sums relative to its own maximum.
   int splits;
-  float* partial_out;            // [splits, rows of lse, head_dim of the tile]
-  SoftmaxState* partial_states;  // [splits, rows of lse]; an empty one has no partial_out
+  cuda::Parts parts;
 };
 
 // What a CTA computes, and the tiles of keys it visits: [begin, end), of which [interior_begin,
@@ -177,10 +176,9 @@ __device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::
   work.load_end = by_row ? keys.end : work.at.k.length;
   work.holes = false;
   if (!cuda::may_have_holes(f)) return;
-  work.holes =
-      __syncthreads_or(cuda::any_missing(f, work.at, max_of(keys.begin, work.tiles.begin * kTileN),
-                                         min_of(keys.end, work.tiles.end * kTileN),
-                                         static_cast<int>(threadIdx.x), C::kThreads));
+  work.holes = __syncthreads_or(cuda::any_missing(
+      f, work.at, max_of(keys.begin, work.tiles.begin * kTileN),
+      min_of(keys.end, work.tiles.end * kTileN), static_cast<int>(threadIdx.x), C::kThreads));
   if (work.holes) work.tiles.interior_end = work.tiles.interior_begin;
 }
 
@@ -270,24 +268,16 @@ __device__ __forceinline__ void store_out(const ForwardParams& p, typename C::Sm
 
 // The epilogue of a part of the keys.
 template <class C>
-__device__ __forceinline__ void store_partial(const ForwardParams& p, const ForwardWork& work,
-                                              typename C::Out& acc_o,
-                                              const tile::RowSoftmax<C::kM>& softmax) {
+__device__ __forceinline__ void store_part(const ForwardParams& p, const ForwardWork& work,
+                                           const typename C::Out& acc_o,
+                                           const tile::RowSoftmax<C::kM>& softmax) {
   const ForwardProblem& f = p.problem;
   const std::int64_t part = work.split * f.q.batch() * f.q.heads() * f.q.seqlen();
-  float* target[2 * C::kM];
-#pragma unroll
-  for (int slot = 0; slot < 2 * C::kM; ++slot) {
-    const SoftmaxState state = softmax.state(slot);
+  cuda::store_part(p.parts, acc_o, softmax, [&](int slot) {
     const int row = work.row0 + C::warp_row() + tile::slot_row(slot);
-    const cuda::Place at = place_of<C>(p, work, row < work.rows ? row : 0);
-    const std::int64_t i = part + lse_index(f, work.at, at.head, at.row);
-    const bool empty = state.max == -kInfinity && state.sum == 0.f;
-    target[slot] = row < work.rows && !empty ? p.partial_out + i * C::tile.head_dim : nullptr;
-    if (row < work.rows && tile::lane() % 4 == 0) p.partial_states[i] = state;
-  }
-  tile::for_each_pair(acc_o, [&](int slot, int col, float x, float y) {
-    if (target[slot] != nullptr) *reinterpret_cast<float2*>(target[slot] + col) = {x, y};
+    if (row >= work.rows) return std::int64_t{-1};
+    const cuda::Place at = place_of<C>(p, work, row);
+    return part + lse_index(f, work.at, at.head, at.row);
   });
 }
 
@@ -425,8 +415,7 @@ __global__ void __launch_bounds__(C::kThreads, C::tile.ctas)
   extern __shared__ __align__(128) unsigned char shared[];
   auto& smem = *reinterpret_cast<typename C::Smem*>(shared);
   const int heads = static_cast<int>(p.problem.q.heads());
-  const ItemTile block =
-      item_tile(static_cast<int>(blockIdx.x), p.items, p.items_at_once, p.m_tiles);
+  const ItemTile block = p.order.at(static_cast<int>(blockIdx.x));
   ForwardWork work{};
   work.at = slice_of(p.problem, block.item / heads);
   work.head = block.item % heads;
@@ -452,8 +441,7 @@ ForwardParams forward_params(const ForwardProblem& f) {
   p.scale = scale.size;
   p.negative = scale.negative;
   p.m_tiles = static_cast<int>((max_seqlen_q(f) + C::tile.tile_m - 1) / C::tile.tile_m);
-  p.items = static_cast<int>(f.q.heads() * batch_entries(f));
-  p.items_at_once = items_in_l2(f);
+  p.order = ItemOrder(static_cast<int>(f.q.heads() * batch_entries(f)), items_in_l2(f), p.m_tiles);
   p.group = f.k.heads() == 0 ? 1 : static_cast<int>(f.q.heads() / f.k.heads());
   p.q_wide = is_wide(f.q);
   p.k_wide = is_wide(f.k);
@@ -467,7 +455,7 @@ template <class C>
 Status launch_forward(const Plan&, const ForwardProblem& f, Workspace, Queue queue) {
   if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
   const ForwardParams params = forward_params<C>(f);
-  return cuda::launch<forward<C>>({.blocks = std::int64_t{params.items} * params.m_tiles,
+  return cuda::launch<forward<C>>({.blocks = std::int64_t{params.order.items} * params.m_tiles,
                                    .threads = C::kThreads,
                                    .smem_bytes = sizeof(typename C::Smem)},
                                   queue.stream, params);

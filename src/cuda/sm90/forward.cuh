@@ -74,7 +74,7 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = tile.consumers == 3   ? 160
                                             : tile.head_dim > 192 ? 240
                                                                   : 232;
-  static constexpr int kItems = 2;  // found and not yet finished
+  static constexpr int kSoon = 2;  // tiles of keys, before whose copies the next item is taken
 
   using Work = ForwardWork<tile.consumers>;
   using QueryTile = tile::PanelTile<Element, kTileM, tile.head_dim>;
@@ -86,7 +86,8 @@ struct ForwardConfig {
   using Out = tile::Accumulator<1, tile.head_dim_v / 8>;
 
   struct Nothing {};
-  struct Smem {
+  template <int kFound>
+  struct SmemOf {
     QueryTile q;
     KeyTile k[tile.stages];
     ValueTile v[tile.stages];
@@ -94,11 +95,14 @@ struct ForwardConfig {
     ptx::Barrier q_full[tile.consumers], q_empty[tile.consumers];
     ptx::Barrier k_full[tile.stages], k_empty[tile.stages];
     ptx::Barrier v_full[tile.stages], v_empty[tile.stages];
-    ptx::Barrier work_full[kItems], work_empty[kItems];
-    Work work[kItems];
+    ptx::Barrier work_full[kFound], work_soon[kFound], work_empty[kFound];
+    Work work[kFound];
   };
+  static constexpr std::size_t kMostSmem = 227 * 1024;
+  static constexpr int kItems = sizeof(SmemOf<3>) <= kMostSmem ? 3 : 2;  // found and not finished
+  using Smem = SmemOf<kItems>;
   static_assert(tile.head_dim_v <= tile.head_dim && tile.tile_n % 16 == 0);
-  static_assert(sizeof(Smem) <= 227 * 1024, "the tile does not fit in shared memory");
+  static_assert(sizeof(Smem) <= kMostSmem, "the tile does not fit in shared memory");
 };
 
 struct ForwardParams {
@@ -106,18 +110,17 @@ struct ForwardParams {
   ForwardProblem problem;  // pointers are device pointers
   float scale;             // > 0
   int m_tiles;             // per entry; packed: of all entries together
-  int items;               // heads of all entries; packed: heads
-  int items_at_once;       // whose keys and values stay in L2 together
-  int group;               // query heads of one key head
+  ItemOrder order;         // items are heads of all entries; packed: heads
+  Divisor heads;           // of queries
+  Divisor group;           // query heads of one key head
   int boxes;               // copies per tile of keys: more than one with small pages
   bool out_bulk;           // the copy engine may write out
   bool out_wide;           // or threads may, 16 bytes at a time
   // Where CTAs would have nothing to do, keys are split, and each part leaves sums relative to its
   // own maximum.
-  int splits;
-  float* partial_out;            // [splits, rows of lse, head_dim_v of the tile]
-  SoftmaxState* partial_states;  // [splits, rows of lse]; an empty one has no partial_out
-  int* counter;                  // of items that CTAs took after their first; nullptr: no counting
+  Divisor splits;
+  cuda::Parts parts;
+  int* counter;  // of items that CTAs took after their first; nullptr: no counting
 };
 
 // ---- scheduler ----
@@ -159,33 +162,35 @@ __device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
   constexpr int kTileN = C::tile.tile_n, kConsumers = C::tile.consumers;
   const ForwardProblem& f = p.problem;
   const int lane = tile::lane();
-  const ItemTile block = item_tile(index / p.splits, p.items, p.items_at_once, p.m_tiles);
+  const int unsplit = index / p.splits;
+  const ItemTile block = p.order.at(unsplit);
   // The last rows of an entry see the most keys under a causal band: they begin first.
   const int m_tile = p.m_tiles - 1 - block.tile;
   const bool packed = f.q.rank == 3;
   const int entry = packed ? find_entry<C>(f, m_tile) : 0;
-  if (lane == 0) {
-    const int heads = static_cast<int>(f.q.heads());
-    work.at = slice_of(f, packed ? entry : block.item / heads);
-    work.head = block.item % heads;
-    work.head_k = work.head / p.group;
-    work.split = index % p.splits;
-    const int before = packed ? static_cast<int>(work.at.q.token) / C::kTileM + entry : 0;
-    work.row0 = (m_tile - before) * C::kTileM;
-  }
-  __syncwarp();
-  const int rows = work.at.q.length - work.row0;
+  const int row_of_heads = block.item / p.heads;  // packed: 0
+  const SequenceSlice at = slice_of(f, packed ? entry : row_of_heads);
+  const int before = packed ? static_cast<int>(at.q.token) / C::kTileM + entry : 0;
+  const int row0 = (m_tile - before) * C::kTileM;
+  const int rows = at.q.length - row0;
   // Before the first entry's first tile there is nothing.
-  if (rows <= 0 || work.row0 < 0) return false;
+  if (rows <= 0 || row0 < 0) return false;
+  const int split = index - unsplit * p.splits.value;
+  if (lane == 0) {
+    work.at = at;
+    work.head = block.item - row_of_heads * p.heads.value;
+    work.head_k = work.head / p.group;
+    work.split = split;
+    work.row0 = row0;
+  }
   for (int i = lane; i < C::kTileM; i += 32)
-    work.limits[i] =
-        i < rows ? row_limits(f.band, work.at, f.intervals, work.row0 + i) : RowLimits{};
+    work.limits[i] = i < rows ? row_limits(f.band, at, f.intervals, row0 + i) : RowLimits{};
   // Lane c finds what consumer c's rows see.
   TileRange keys;
   if (f.intervals.rows == nullptr) {
-    const int row0 = work.row0 + 64 * lane;
+    const int first_row = row0 + 64 * lane;
     if (lane < kConsumers)
-      keys = kv_range(f.band, row0, row0 + 64, work.at.q.length, work.at.k.length);
+      keys = kv_range(f.band, first_row, first_row + 64, at.q.length, at.k.length);
   } else {
     __syncwarp();
     for (int c = 0; c < kConsumers; ++c) {
@@ -195,10 +200,11 @@ __device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
   }
   const int end = __reduce_max_sync(~0u, keys.end);
   const int begin = end == 0 ? 0 : __reduce_min_sync(~0u, keys.end > 0 ? keys.begin : INT_MAX);
-  const bool holes = cuda::may_have_holes(f) &&
-                     __any_sync(~0u, cuda::any_missing(f, work.at, begin, end, lane, 32));
-  const int first = begin / kTileN, per_split = ceil_div(ceil_div(end, kTileN) - first, p.splits);
-  const int begin_tile = first + work.split * per_split;
+  const bool holes =
+      cuda::may_have_holes(f) && __any_sync(~0u, cuda::any_missing(f, at, begin, end, lane, 32));
+  const int first = begin / kTileN, steps = ceil_div(end, kTileN) - first;
+  const int per_split = (steps + p.splits.value - 1) / p.splits;
+  const int begin_tile = first + split * per_split;
   const int end_tile = max_of(begin_tile, min_of(begin_tile + per_split, ceil_div(end, kTileN)));
   if (lane < kConsumers) {
     TileRange own{max_of(begin_tile, keys.begin / kTileN),
@@ -214,9 +220,9 @@ __device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
   // What intervals and bits hide from every row is not looked at. Behind the tensor's last row the
   // copy engine writes zeros.
   const bool by_row = f.intervals.rows != nullptr || f.intervals.bits != nullptr;
-  const bool to_the_end = work.at.k.token + work.at.k.length == key_capacity(f);
+  const bool to_the_end = at.k.token + at.k.length == key_capacity(f);
   work.there_begin = by_row ? begin : 0;
-  work.there_end = by_row ? end : work.at.k.length;
+  work.there_end = by_row ? end : at.k.length;
   work.holes = holes;
   work.whole_begin = ceil_div(work.there_begin, kTileN);
   work.whole_end = !by_row && to_the_end ? work.end : work.there_end / kTileN;
@@ -243,11 +249,14 @@ __device__ __forceinline__ ptx::BoxStart first_query(const Work& work, int consu
 
 template <class C>
 __device__ __forceinline__ void schedule(const ForwardParams& p, typename C::Smem& smem) {
-  const int count = p.items * p.m_tiles * p.splits, ctas = static_cast<int>(gridDim.x);
-  tile::PipelineState<C::kItems> at;
+  const int count = p.order.items * p.m_tiles * p.splits.value, ctas = static_cast<int>(gridDim.x);
+  tile::PipelineState<C::kItems> at, before;
+  bool counts = false;
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     smem.work_empty[at.stage].wait(at.phase ^ 1);
+    // Who takes items no sooner than it needs them leaves more of them to others.
+    if (counts) smem.work_soon[before.stage].wait(before.phase);
     const int item = item_of(p, turn);
     // Without a counter, items of other CTAs may follow one that is behind the last.
     const bool last = p.counter == nullptr ? turn * ctas >= count : item >= count;
@@ -259,6 +268,8 @@ __device__ __forceinline__ void schedule(const ForwardParams& p, typename C::Sme
     if (last) return;
     if (tile::lane() < C::tile.consumers)
       C::QueryTile::prefetch(p.q, first_query(work, tile::lane()));
+    counts = p.counter != nullptr;
+    before = at;
     at.advance();
   }
 }
@@ -304,6 +315,11 @@ __device__ __forceinline__ void load(const ForwardParams& p, typename C::Smem& s
     const typename C::Work& work = smem.work[item.stage];
     if (work.last) return;
     int n = work.end;
+    const int soon = min_of(n, work.begin + C::kSoon);
+    const auto announce = [&] {
+      if (n == soon && tile::lane() == 0) smem.work_soon[item.stage].arrive();
+    };
+    announce();
     const auto load_k = [&] {
       load_keys(p, work, smem.k[at.stage], p.k, n, smem.k_full[at.stage], smem.k_empty[at.stage],
                 at.phase);
@@ -322,6 +338,7 @@ __device__ __forceinline__ void load(const ForwardParams& p, typename C::Smem& s
       load_keys(p, work, smem.v[at.stage], p.v, n, smem.v_full[at.stage], smem.v_empty[at.stage],
                 at.phase);
       at.advance();
+      announce();
       if (--n >= work.begin) load_k();
     }
     __syncwarp();
@@ -365,6 +382,8 @@ struct Consumer {
   bool first_thread;         // of the warpgroup
   tile::Descriptor q, k, v;  // of the consumer's queries and of stage 0
   tile::PipelineState<C::tile.stages> k_at, v_at;
+  tile::PipelineState<C::kItems> item;  // at hand
+  int q_phase = 0;
 
   __device__ __forceinline__ Consumer(const ForwardParams& params, Smem& shared, int consumer)
       : p(params),
@@ -377,12 +396,8 @@ struct Consumer {
     if (index == C::tile.consumers - 1) pass_turn();
   }
 
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (C::tile.turns) Turns<C::tile.consumers>::wait(index);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (C::tile.turns) Turns<C::tile.consumers>::pass(index);
-  }
+  __device__ __forceinline__ void take_turn() { Turns<C::tile.consumers>::wait(index); }
+  __device__ __forceinline__ void pass_turn() { Turns<C::tile.consumers>::pass(index); }
   __device__ __forceinline__ void release(ptx::Barrier& empty) {
     if (first_thread) empty.arrive();
   }
@@ -402,6 +417,11 @@ struct Consumer {
     release(smem.k_empty[k_at.stage]);
     k_at.advance();
   }
+  // Behind the last scores of an item.
+  __device__ __forceinline__ void end_queries() {
+    release(smem.q_empty[index]);
+    q_phase ^= 1;
+  }
   // O += P V
   __device__ __forceinline__ void begin_out(typename C::Out& acc_o,
                                             const typename C::Weights& weights) {
@@ -414,16 +434,22 @@ struct Consumer {
     v_at.advance();
   }
 
-  // Lets `count` tiles of keys pass that only other consumers' rows see.
+  // Lets a tile of keys, or of values, pass that only other consumers' rows see.
+  __device__ __forceinline__ void skip_keys() {
+    smem.k_full[k_at.stage].wait(k_at.phase);
+    take_turn();
+    pass_turn();
+    end_scores();
+  }
+  __device__ __forceinline__ void skip_values() {
+    smem.v_full[v_at.stage].wait(v_at.phase);
+    end_out();
+  }
   __device__ __forceinline__ void skip(int count) {
 #pragma unroll 1
     for (; count > 0; --count) {
-      smem.k_full[k_at.stage].wait(k_at.phase);
-      take_turn();
-      pass_turn();
-      end_scores();
-      smem.v_full[v_at.stage].wait(v_at.phase);
-      end_out();
+      skip_keys();
+      skip_values();
     }
   }
 
@@ -481,43 +507,99 @@ struct Consumer {
     return raised;
   }
 
-  // Everything of `tiles`, which are not empty.
-  __device__ __forceinline__ void attend(const Work& work, TileRange tiles, typename C::Out& acc_o,
-                                         tile::RowSoftmax<1>& softmax) {
-    int n = tiles.end - 1;
-    typename C::Scores acc_s;
-    float factor[2];
-    begin_scores(acc_s);
-    pass_turn();
-    tile::wait_matmul<0>(acc_s);
-    end_scores();
-    normalise(work, tiles, n, acc_s, softmax, factor);
-    auto weights = tile::to_operand<Element>(acc_s);
-    // A row that is not there holds anything. From here on it never grows, so the warp's rescaling
-    // does not depend on it.
+  // From here on a row that is not there never grows, so the warp's rescaling does not depend on
+  // what it holds.
+  __device__ __forceinline__ void freeze_missing_rows(const Work& work,
+                                                      tile::RowSoftmax<1>& softmax) const {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
       if (work.row0 + warp_row() + tile::slot_row(slot) >= work.at.q.length)
         softmax.max[slot] = kInfinity;
+  }
+
+  __device__ __forceinline__ int stage_before() const {
+    return (item.stage + C::kItems - 1) % C::kItems;
+  }
+
+  // How many tiles of keys stand between those that the warpgroup sees in the item before and in
+  // the one at hand; more than kMostBetween also where there is nothing more to see.
+  static constexpr int kMostBetween = C::tile.stages - 2;  // the others of V are under way
+  __device__ __forceinline__ int tiles_between() const {
+    const Work& work = smem.work[item.stage];
+    const Work& before = smem.work[stage_before()];
+    const TileRange tiles = work.own[index];
+    int between = before.own[index].begin - before.begin + work.end - tiles.end;
+    if (work.last || tiles.begin >= tiles.end) between = kMostBetween + 1;
+    return __shfl_sync(~0u, between, 0);  // the same in every lane, and the compiler knows it
+  }
+
+  // The item at hand, whose rows see keys, and those that follow it: an item's first scores are
+  // under way together with the last product of the item before.
+  __device__ __forceinline__ void attend() {
+    TileRange tiles = smem.work[item.stage].own[index];
+    int n = tiles.end - 1;
+    typename C::Scores acc_s;
+    typename C::Out acc_o;
+    tile::RowSoftmax<1> softmax;
+    float factor[2];
+    acc_o.clear();
+    softmax.clear();
+    begin_scores(acc_s);
+    pass_turn();
+    tile::wait_matmul<0>(acc_s);
+    end_scores();
+    if (n == tiles.begin) end_queries();
+    normalise(smem.work[item.stage], tiles, n, acc_s, softmax, factor);
+    auto weights = tile::to_operand<Element>(acc_s);
+    freeze_missing_rows(smem.work[item.stage], softmax);
 #pragma unroll 1
-    for (; n > tiles.begin; --n) {
-      clear_missing(work, n);
+    for (;;) {
+#pragma unroll 1
+      for (; n > tiles.begin; --n) {
+        clear_missing(smem.work[item.stage], n);
+        begin_scores(acc_s);
+        begin_out(acc_o, weights);
+        pass_turn();
+        tile::wait_matmul<1>(acc_s);
+        end_scores();
+        if (n - 1 == tiles.begin) end_queries();
+        const bool raised = normalise(smem.work[item.stage], tiles, n - 1, acc_s, softmax, factor);
+        tile::wait_matmul<0>(acc_o);
+        end_out();
+        weights = tile::to_operand<Element>(acc_s);
+        if (raised) tile::scale_rows(acc_o, factor);
+      }
+      clear_missing(smem.work[item.stage], n);
+      item.advance();
+      smem.work_full[item.stage].wait(item.phase);
+      const int between = tiles_between();
+      if (!C::tile.chained || between > kMostBetween) break;
+      tiles = smem.work[item.stage].own[index];
+      n = tiles.end - 1;
+      if (kMostBetween > 0 && between > 0) skip_keys();
+      smem.q_full[index].wait(q_phase);
       begin_scores(acc_s);
       begin_out(acc_o, weights);
       pass_turn();
       tile::wait_matmul<1>(acc_s);
       end_scores();
-      const bool raised = normalise(work, tiles, n - 1, acc_s, softmax, factor);
+      if (n == tiles.begin) end_queries();
+      const tile::RowSoftmax<1> before = softmax;
+      softmax.clear();
+      normalise(smem.work[item.stage], tiles, n, acc_s, softmax, factor);
       tile::wait_matmul<0>(acc_o);
       end_out();
+      if (kMostBetween > 0 && between > 0) skip_values();
       weights = tile::to_operand<Element>(acc_s);
-      if (raised) tile::scale_rows(acc_o, factor);
+      leave(stage_before(), acc_o, before);
+      acc_o.clear();
+      freeze_missing_rows(smem.work[item.stage], softmax);
     }
-    release(smem.q_empty[index]);
-    clear_missing(work, n);
     begin_out(acc_o, weights);
     tile::wait_matmul<0>(acc_o);
     end_out();
+    skip(tiles.begin - smem.work[stage_before()].begin);
+    leave(stage_before(), acc_o, softmax);
   }
 
   // Rows of the warpgroup that are all there leave by the copy engine, without a thread waiting.
@@ -533,25 +615,11 @@ struct Consumer {
     }
   }
 
-  // What a part of the keys leaves.
-  __device__ __forceinline__ void store_part(const Work& work, const typename C::Out& acc_o,
-                                             const tile::RowSoftmax<1>& softmax) {
+  // Of a part of the keys: row 0 of the item's entry and head, among those of all parts.
+  __device__ __forceinline__ std::int64_t first_part(const Work& work) const {
     const ForwardProblem& f = p.problem;
-    const std::int64_t part = work.split * f.q.batch() * f.q.heads() * f.q.seqlen();
-    float* target[2];
-#pragma unroll
-    for (int slot = 0; slot < 2; ++slot) {
-      const SoftmaxState state = softmax.state(slot);
-      const int row = work.row0 + warp_row() + tile::slot_row(slot);
-      const std::int64_t i = part + lse_index(f, work.at, work.head, row);
-      const bool empty = state.max == -kInfinity && state.sum == 0.f;
-      const bool exists = row < work.at.q.length;
-      target[slot] = exists && !empty ? p.partial_out + i * C::tile.head_dim_v : nullptr;
-      if (exists && tile::lane() % 4 == 0) p.partial_states[i] = state;
-    }
-    tile::for_each_pair(acc_o, [&](int slot, int col, float x, float y) {
-      if (target[slot] != nullptr) *reinterpret_cast<float2*>(target[slot] + col) = {x, y};
-    });
+    return work.split * f.q.batch() * f.q.heads() * f.q.seqlen() +
+           lse_index(f, work.at, work.head, 0);
   }
 
   // Normalises, adds the sink, and writes out and lse.
@@ -584,30 +652,65 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void run() {
-    tile::PipelineState<C::kItems> item;
+  __device__ __forceinline__ void end_item(int stage) {
+    __syncwarp();
+    if (tile::lane() == 0) smem.work_empty[stage].arrive();
+  }
+
+  __device__ __forceinline__ void leave(int stage, typename C::Out& acc_o,
+                                        const tile::RowSoftmax<1>& softmax) {
+    const Work& work = smem.work[stage];
+    if (p.splits.value > 1) {
+      const std::int64_t first = first_part(work) + work.row0;
+      const int rows = work.at.q.length - work.row0;
+      cuda::store_part(p.parts, acc_o, softmax, [&](int slot) {
+        const int row = warp_row() + tile::slot_row(slot);
+        return row < rows ? first + row : std::int64_t{-1};
+      });
+    } else {
+      store(work, acc_o, softmax);
+    }
+    end_item(stage);
+  }
+
+  // Of rows that see no key. Short code rather than fast: a call of a function here, or another
+  // copy of store(), costs every item.
+  __device__ __forceinline__ void store_nothing(const Work& work) {
+    const ForwardProblem& f = p.problem;
+    const int end = min_of(warp_row() + 16, work.at.q.length - work.row0);
 #pragma unroll 1
-    for (int phase = 0;; phase ^= 1, item.advance()) {
-      smem.work_full[item.stage].wait(item.phase);
+    for (int row = warp_row(); row < end; ++row) {
+      if (p.splits.value > 1) {
+        if (tile::lane() == 0) p.parts.states[first_part(work) + work.row0 + row] = {};
+        continue;
+      }
+      Element* out = cuda::first_row<Element>(f.out, work.at.q, work.head) +
+                     (work.row0 + row) * f.out.seqlen_stride();
+#pragma unroll 1
+      for (int col = tile::lane(); col < f.v.head_dim(); col += 32) out[col] = Element{};
+      if (f.lse != nullptr && tile::lane() == 0)
+        f.lse[lse_index(f, work.at, work.head, work.row0 + row)] =
+            f.sink == nullptr ? -kInfinity : f.sink[work.head];
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    smem.work_full[item.stage].wait(item.phase);
+#pragma unroll 1
+    while (!smem.work[item.stage].last) {
       const Work& work = smem.work[item.stage];
-      if (work.last) break;
-      typename C::Out acc_o;
-      tile::RowSoftmax<1> softmax;
-      acc_o.clear();
-      softmax.clear();
       const TileRange tiles = work.own[index];
-      const bool sees = tiles.begin < tiles.end;
-      smem.q_full[index].wait(phase);
+      smem.q_full[index].wait(q_phase);
       skip(work.end - tiles.end);
-      if (sees) attend(work, tiles, acc_o, softmax);
-      skip(tiles.begin - work.begin);
-      if (p.splits > 1)
-        store_part(work, acc_o, softmax);
-      else
-        store(work, acc_o, softmax);
-      if (!sees) release(smem.q_empty[index]);
-      __syncwarp();
-      if (tile::lane() == 0) smem.work_empty[item.stage].arrive();
+      if (tiles.begin < tiles.end) {
+        attend();
+        continue;
+      }
+      end_queries();
+      store_nothing(work);
+      end_item(item.stage);
+      item.advance();
+      smem.work_full[item.stage].wait(item.phase);
     }
     if constexpr (C::tile.own_out)
       if (first_thread) ptx::wait_stores_read();
@@ -633,6 +736,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant_
     }
     for (int i = 0; i < C::kItems; ++i) {
       smem.work_full[i].init(1);
+      smem.work_soon[i].init(1);
       smem.work_empty[i].init(4 * C::tile.consumers + 1);  // warps of consumers, and the loader
     }
     ptx::fence_barrier_init();
@@ -665,14 +769,27 @@ std::int64_t item_count(const ForwardProblem& f) {
   return f.q.seqlen() == 0 ? 0 : m_tiles_of<C>(f) * heads_of(f);
 }
 
+// Whether every item takes the same time.
+inline bool alike(const ForwardProblem& f) {
+  const Sequences& s = f.sequences;
+  return f.q.rank == 4 && f.k.rank == 4 && s.start_q == nullptr && s.start_k == nullptr &&
+         s.seqused_q == nullptr && s.seqused_k == nullptr && f.band == kFull &&
+         f.intervals.rows == nullptr;
+}
+
 // Where items differ and CTAs have several, who is done first takes the next one.
 template <class C>
 bool counts_items(const Plan& plan, const ForwardProblem& f) {
-  const Sequences& s = f.sequences;
-  const bool dense = f.q.rank == 4 && f.k.rank == 4 && s.start_q == nullptr &&
-                     s.start_k == nullptr && s.seqused_q == nullptr && s.seqused_k == nullptr;
-  const bool alike = dense && f.band == kFull && f.intervals.rows == nullptr;
-  return !alike && plan.splits * item_count<C>(f) > plan.workers;
+  return !alike(f) && plan.splits * item_count<C>(f) > plan.workers;
+}
+
+// Heads whose items are computed together. Items that are alike need no light ones to end with:
+// then a head's are computed at one time, when its keys have just come to L2.
+template <class C>
+int items_at_once(const Plan& plan, const ForwardProblem& f) {
+  const std::int64_t tiles = m_tiles_of<C>(f), wave = (plan.workers + tiles - 1) / tiles;
+  const std::int64_t fit = items_in_l2(f);
+  return static_cast<int>(alike(f) && wave < fit ? wave : fit);
 }
 
 struct ForwardMemory {
@@ -712,9 +829,9 @@ Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace works
   p.problem = f;
   p.scale = cuda::scale_of(f).size;
   p.m_tiles = static_cast<int>(m_tiles_of<C>(f));
-  p.items = static_cast<int>(heads_of(f));
-  p.items_at_once = min_of(items_in_l2(f), p.items);
-  p.group = static_cast<int>(f.q.heads() / f.k.heads());
+  p.order = ItemOrder(static_cast<int>(heads_of(f)), items_at_once<C>(plan, f), p.m_tiles);
+  p.heads = Divisor(static_cast<int>(f.q.heads()));
+  p.group = Divisor(static_cast<int>(f.q.heads() / f.k.heads()));
   p.boxes = page_size > 0 && page_size < C::tile.tile_n ? C::tile.tile_n / page_size : 1;
   p.out_bulk = is_bulk(f.out);
   p.out_wide = is_wide(f.out);
@@ -725,41 +842,41 @@ Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace works
     if (Status s = cuda::tensor_map(p.out, f.out, 64); !s.ok()) return s;
   WorkspaceLayout layout(workspace);
   const ForwardMemory memory = carve_forward<C>(layout, plan, f);
-  p.splits = plan.splits;
-  p.partial_out = memory.parts.out;
-  p.partial_states = memory.parts.states;
+  p.splits = Divisor(plan.splits);
+  p.parts = memory.parts;
   p.counter = memory.counter;
   if (p.counter != nullptr) {
     const auto error = cudaMemsetAsync(p.counter, 0, sizeof(int), queue.stream);
     if (Status s = cuda::cuda_status(error, "memset"); !s.ok()) return s;
   }
-  const std::int64_t blocks = p.splits * items;
+  const std::int64_t blocks = plan.splits * items;
   if (Status s = cuda::launch<forward<C>>({.blocks = blocks < plan.workers ? blocks : plan.workers,
                                            .threads = C::kThreads,
                                            .smem_bytes = sizeof(typename C::Smem)},
                                           queue.stream, p);
-      !s.ok() || p.splits == 1)
+      !s.ok() || plan.splits == 1)
     return s;
-  return cuda::combine(f, p.splits, memory.parts.out, C::tile.head_dim_v, memory.parts.states,
+  return cuda::combine(f, plan.splits, memory.parts.out, C::tile.head_dim_v, memory.parts.states,
                        queue.stream);
 }
 
 template <class C>
-constexpr KernelRow forward_row(DType dtype) {
+constexpr KernelRow forward_row(DType dtype, int max_seqlen_k) {
   KernelRow row = cuda::row_of<C>(Arch::sm90, Pass::forward, dtype, C::kTileM);
   row.forward_bytes = forward_bytes<C>;
   row.forward = launch_forward<C>;
   row.ctas = 1;
   row.bulk = true;
   if (C::tile.head_dim_v < C::tile.head_dim) row.max_head_dim_v = C::tile.head_dim_v;
+  row.max_seqlen_k = max_seqlen_k;
   return row;
 }
 
 // The kernels of one tile and score policy.
 template <ForwardTile kTile, class Score>
-constexpr std::array<KernelRow, 2> rows_of_tile() {
-  return {forward_row<ForwardConfig<bf16, kTile, Score>>(DType::bf16),
-          forward_row<ForwardConfig<f16, kTile, Score>>(DType::f16)};
+constexpr std::array<KernelRow, 2> rows_of_tile(int max_seqlen_k = 0) {
+  return {forward_row<ForwardConfig<bf16, kTile, Score>>(DType::bf16, max_seqlen_k),
+          forward_row<ForwardConfig<f16, kTile, Score>>(DType::f16, max_seqlen_k)};
 }
 
 template <int kHeadDim, class Score>
@@ -770,6 +887,11 @@ constexpr std::array<KernelRow, 2> forward_rows() {
 template <int kHeadDim, class Score>
 constexpr std::array<KernelRow, 2> forward_narrow_rows() {
   return rows_of_tile<tile_of(kNarrowForwardTiles, kHeadDim), Score>();
+}
+
+template <int kHeadDim, class Score>
+constexpr std::array<KernelRow, 2> forward_short_rows() {
+  return rows_of_tile<tile_of(kShortForwardTiles, kHeadDim), Score>(kShortSeqlen);
 }
 
 }  // namespace heed::sm90

@@ -15,24 +15,30 @@ struct ForwardTile {
   int consumers;   // warpgroups, of 64 query rows each
   int tile_n;      // keys per step
   int stages;      // of K and V each
-  bool turns;      // consumers take turns at the tensor cores (ping-pong)
   bool own_out;    // there is shared memory for the output tile
+  bool chained;    // an item's first product begins under the last one of the item before
 
   constexpr int tile_m() const { return 64 * consumers; }
 };
 
-// head_dim, head_dim_v, consumers, tile_n, stages, turns, own_out
+// head_dim, head_dim_v, consumers, tile_n, stages, own_out, chained
 inline constexpr std::array<ForwardTile, 5> kForwardTiles{{
     {64, 64, 3, 128, 3, true, true},
     {96, 96, 2, 128, 2, true, true},
     {128, 128, 2, 128, 2, true, true},
     {192, 192, 2, 96, 2, false, false},
-    {256, 256, 2, 80, 2, true, false},
+    {256, 256, 2, 80, 2, false, false},
 }};
 
 // v narrower than q and k, as multi-head latent attention has it.
 inline constexpr std::array<ForwardTile, 1> kNarrowForwardTiles{{
-    {192, 128, 2, 128, 2, true, false},
+    {192, 128, 2, 128, 2, false, false},
+}};
+
+// For up to kShortSeqlen keys: tiles that divide them better than those of 80.
+inline constexpr int kShortSeqlen = 512;
+inline constexpr std::array<ForwardTile, 1> kShortForwardTiles{{
+    {256, 256, 2, 64, 2, false, false},
 }};
 
 }  // namespace heed::sm90

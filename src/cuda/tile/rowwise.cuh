@@ -20,9 +20,18 @@ __device__ __forceinline__ float reduce_quad(float x, const Op& op) {
 template <int kM, int kN>
 __device__ __forceinline__ void mask_slots(Accumulator<kM, kN>& acc,
                                            const RowLimits (&limits)[2 * kM], int col0) {
-  for_each(acc, [&](int slot, int col, float& x) {
-    if (col0 + col < limits[slot].first || col0 + col >= limits[slot].end) x = -kInfinity;
-  });
+  int first[2 * kM], end[2 * kM];
+  bool begins = false;
+#pragma unroll
+  for (int slot = 0; slot < 2 * kM; ++slot) {
+    first[slot] = limits[slot].first - col0;
+    end[slot] = limits[slot].end - col0;
+    begins = begins || first[slot] > 0;
+  }
+  for_each(acc, [&](int slot, int col, float& x) { x = col < end[slot] ? x : -kInfinity; });
+  // Few masks begin anywhere but at the first key.
+  if (begins)
+    for_each(acc, [&](int slot, int col, float& x) { x = col >= first[slot] ? x : -kInfinity; });
 }
 // The same with `limits` in memory, from those of the warp's first row on.
 template <int kM, int kN>
