@@ -113,18 +113,20 @@ def gpu_caption(m: dict) -> str:
     )
 
 
-PEERS = {"heed": "heed", "flash": "SDPA flash", "cudnn": "SDPA cuDNN"}
+PEERS = {
+    "heed": "heed",
+    "flash": "SDPA flash",
+    "cudnn": "SDPA cuDNN",
+    "fa4": "FlashAttention-4",
+    "cublas": "cuBLAS 8192^3",
+}
 
 
 def gpu_kernel_table(data: dict, part: str) -> str:
-    """A line per cell of a pass; `masks`: those without a peer; `summary`: geometric means."""
-    cells = data["cells"]
+    """A line per cell of a pass; `summary`: geometric means of the passes that have peers."""
     if part == "summary":
         return gpu_summary(data)
-    if part == "masks":
-        cells = [c for c in cells if len(c["ms"]) == 1]
-    else:
-        cells = [c for c in cells if part in ("", c["work"]) and (not part or len(c["ms"]) > 1)]
+    cells = data["passes"][part]["cells"]
     peers = [p for p in PEERS if any(p in c["ms"] for c in cells)]
     unit = {c["unit"] for c in cells}
     others = [p for p in peers if p != "heed"]
@@ -137,20 +139,26 @@ def gpu_kernel_table(data: dict, part: str) -> str:
         row += [f"{ms['heed']:.3g}"]
         row += [f"**{ms[p] / ms['heed']:.2f}x**" if p in ms else "-" for p in others]
         lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, "", gpu_caption(data["machine"])])
+    return "\n".join([*lines, "", gpu_caption(data["passes"][part]["machine"])])
 
 
 def gpu_summary(data: dict) -> str:
-    lines = ["| pass | cells | over SDPA flash | over SDPA cuDNN |", "|---|---|---|---|"]
-    for work in dict.fromkeys(c["work"] for c in data["cells"]):
-        cells = [c["ms"] for c in data["cells"] if c["work"] == work and len(c["ms"]) > 1]
-        row = [work, str(len(cells))]
-        for peer in ("flash", "cudnn"):
-            ratios = [ms[peer] / ms["heed"] for ms in cells if peer in ms]
+    passes = {p: run for p, run in data["passes"].items() if len(run["cells"][0]["ms"]) > 1}
+    present = {name for run in passes.values() for cell in run["cells"] for name in cell["ms"]}
+    peers = [p for p in PEERS if p in present - {"heed", "cublas"}]
+    head = ["pass", "cells", *(f"over {PEERS[p]}" for p in peers), "commit"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, run in passes.items():
+        row = [name, str(len(run["cells"]))]
+        for peer in peers:
+            ratios = [c["ms"][peer] / c["ms"]["heed"] for c in run["cells"] if peer in c["ms"]]
             mean = f"**{statistics.geometric_mean(ratios):.2f}x**" if ratios else "-"
             row.append(f"{mean} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-")
+        row.append(f"`{run['machine']['commit']}`")
         lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, "", "Geometric means. " + gpu_caption(data["machine"])])
+    m = next(iter(passes.values()))["machine"]
+    where = f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, cuDNN {m['cudnn']}, {m['date']}"
+    return "\n".join([*lines, "", f"Geometric means. {where}: `make bench-gpu`"])
 
 
 def cuda_build_table(data: dict, part: str) -> str:
@@ -217,10 +225,10 @@ def table_of(data: dict, part: str) -> str:
         return cuda_build_table(data, part)
     if "kernels" in data:
         return support_table(data)
+    if "passes" in data:
+        return gpu_kernel_table(data, part)
     if "requests_per_s" in data["cells"][0]:
         return serving_table(data)
-    if "rate" in data["cells"][0]:
-        return gpu_kernel_table(data, part)
     return model_table(data) if "ms" in data["cells"][0] else speed_table(data)
 
 

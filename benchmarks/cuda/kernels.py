@@ -31,6 +31,7 @@ DECODE = (
     (1, 131072, 32, 8, 128),
     (64, 2048, 64, 8, 64),
 )
+PASSES = ("forward", "backward", "decode", "masks")
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -70,6 +71,28 @@ def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) ->
             is_causal=causal,
             enable_gqa=q.shape[2] != k.shape[2],
         )
+
+
+try:
+    from flash_attn.cute import flash_attn_func as fa4
+except ImportError:
+    fa4 = None
+
+MATMUL = 8192  # rows and columns of both matrices
+
+
+def matmul_call() -> Callable:
+    a, b = randn(MATMUL, MATMUL), randn(MATMUL, MATMUL)
+    return lambda: a @ b
+
+
+def works(call: Callable, name: str) -> bool:
+    try:
+        call()
+    except Exception as error:  # whatever a peer may raise
+        print(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        return False
+    return True
 
 
 def forward_call(q: Tensor, k: Tensor, v: Tensor, **options) -> Callable:
@@ -113,13 +136,21 @@ def dense(which: str, seqlens: tuple[int, ...], dims: tuple[int, ...]) -> list[d
                         b: (lambda b=b, q=q, k=k, v=v, c=causal: sdpa(b, q, k, v, c))
                         for b in BACKENDS
                     }
+                    fa4_call = lambda q=q, k=k, v=v, c=causal: fa4(q, k, v, causal=c)  # noqa: E731
+                    if fa4 is not None and works(fa4_call, f"FA4 at d{d}"):
+                        calls["fa4"] = fa4_call
+                    if not causal and seqlen >= 4096:
+                        calls["cublas"] = matmul_call()
                 else:
                     flops *= 2.5
                     calls = {"heed": backward_call(q, k, v, dout, causal=causal)}
                     calls |= {b: sdpa_backward_call(b, q, k, v, dout, causal) for b in BACKENDS}
                 shape = f"d{d} {batch}x{seqlen} {'causal' if causal else 'full'}"
                 with torch.set_grad_enabled(which != "forward"):
-                    cells.append(cell(which, shape, flops, "TFLOPS", medians(calls)))
+                    ms = medians(calls)
+                if "cublas" in ms:  # the time that it takes for as many FLOPs
+                    ms["cublas"] *= flops / (2 * MATMUL**3)
+                cells.append(cell(which, shape, flops, "TFLOPS", ms))
     return cells
 
 
@@ -191,7 +222,7 @@ def masks() -> list[dict]:
 def geometric_means(cells: list[dict]) -> dict[str, float]:
     means = {}
     for work in dict.fromkeys(c["work"] for c in cells):
-        for peer in BACKENDS:
+        for peer in (*BACKENDS, "fa4"):
             ratios = [
                 c["ms"][peer] / c["ms"]["heed"]
                 for c in cells
@@ -213,32 +244,38 @@ def main() -> None:
         "--save", action="store_true", help="write benchmarks/results/cuda_kernels.json"
     )
     parser.add_argument("--quick", action="store_true", help="two sequence lengths")
-    parser.add_argument("--passes", default="forward,backward,decode,masks")
+    parser.add_argument("--passes", default=",".join(PASSES))
     parser.add_argument("--dims", default="64,128,256")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     seqlens = (1024, 8192) if arguments.quick else SEQLENS
     dims = tuple(int(d) for d in arguments.dims.split(","))
-    cells: list[dict] = []
-    for which in arguments.passes.split(","):
+    passes = arguments.passes.split(",")
+    for which in passes:
+        if which not in PASSES:
+            parser.error(f"--passes: {which} must be one of {', '.join(PASSES)}")
+    for which in passes:
         if which in ("forward", "backward"):
-            cells += dense(which, seqlens, dims)
-        elif which == "decode":
-            cells += decode()
-        elif which == "masks":
-            cells += masks()
+            cells = dense(which, seqlens, dims)
         else:
-            parser.error(f"--passes: {which} must be one of forward, backward, decode, masks")
-    means = geometric_means(cells)
-    if arguments.save:
-        path = ROOT / "benchmarks" / "results" / "cuda_kernels.json"
-        data = {
+            cells = decode() if which == "decode" else masks()
+        result = {
             "machine": machine() | {"cudnn": torch.backends.cudnn.version()},
-            "geometric_means": means,
+            "geometric_means": geometric_means(cells),
             "cells": cells,
         }
-        path.write_text(json.dumps(data, indent=1) + "\n")
-        print(path.relative_to(ROOT))
+        if arguments.save:
+            save(which, result)
+
+
+def save(which: str, result: dict) -> None:
+    """Replaces what an earlier run left of this pass, and keeps that of the others."""
+    path = ROOT / "benchmarks" / "results" / "cuda_kernels.json"
+    passes = json.loads(path.read_text())["passes"] if path.exists() else {}
+    passes |= {which: result}
+    data = {"passes": {name: passes[name] for name in PASSES if name in passes}}
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    print(f"{path.relative_to(ROOT)}: {which}", flush=True)
 
 
 if __name__ == "__main__":
