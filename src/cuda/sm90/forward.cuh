@@ -517,20 +517,20 @@ struct Consumer {
         softmax.max[slot] = kInfinity;
   }
 
-  __device__ __forceinline__ int stage_before() const {
-    return (item.stage + C::kItems - 1) % C::kItems;
-  }
-
-  // How many tiles of keys stand between those that the warpgroup sees in the item before and in
-  // the one at hand; more than kMostBetween also where there is nothing more to see.
-  static constexpr int kMostBetween = C::tile.stages - 2;  // the others of V are under way
-  __device__ __forceinline__ int tiles_between() const {
+  // Tiles of keys that the warpgroup lets pass between those that it sees in two items: at most so
+  // many, since the copies of the next item wait for them.
+  static constexpr int kMostBetween = C::tile.stages - 2;
+  // Of the item at hand, behind those that the warpgroup sees.
+  __device__ __forceinline__ int tiles_left() const {
     const Work& work = smem.work[item.stage];
-    const Work& before = smem.work[stage_before()];
-    const TileRange tiles = work.own[index];
-    int between = before.own[index].begin - before.begin + work.end - tiles.end;
-    if (work.last || tiles.begin >= tiles.end) between = kMostBetween + 1;
-    return __shfl_sync(~0u, between, 0);  // the same in every lane, and the compiler knows it
+    // The same in every lane, and the compiler knows it.
+    return __shfl_sync(~0u, work.own[index].begin - work.begin, 0);
+  }
+  // Of `next`, before those that the warpgroup sees; more than kMostBetween also where it sees none.
+  __device__ __forceinline__ int tiles_before(const Work& next) const {
+    const TileRange tiles = next.own[index];
+    const bool sees = !next.last && tiles.begin < tiles.end;
+    return __shfl_sync(~0u, sees ? next.end - tiles.end : kMostBetween + 1, 0);
   }
 
   // The item at hand, whose rows see keys, and those that follow it: an item's first scores are
@@ -570,10 +570,16 @@ struct Consumer {
         if (raised) tile::scale_rows(acc_o, factor);
       }
       clear_missing(smem.work[item.stage], n);
-      item.advance();
-      smem.work_full[item.stage].wait(item.phase);
-      const int between = tiles_between();
+      // The next item may not be found before this one's last tiles are let pass.
+      int between = tiles_left();
       if (!C::tile.chained || between > kMostBetween) break;
+      auto next = item;
+      next.advance();
+      smem.work_full[next.stage].wait(next.phase);
+      between += tiles_before(smem.work[next.stage]);
+      if (between > kMostBetween) break;
+      const int stage = item.stage;
+      item = next;
       tiles = smem.work[item.stage].own[index];
       n = tiles.end - 1;
       if (kMostBetween > 0 && between > 0) skip_keys();
@@ -591,15 +597,16 @@ struct Consumer {
       end_out();
       if (kMostBetween > 0 && between > 0) skip_values();
       weights = tile::to_operand<Element>(acc_s);
-      leave(stage_before(), acc_o, before);
+      leave(stage, acc_o, before);
       acc_o.clear();
       freeze_missing_rows(smem.work[item.stage], softmax);
     }
     begin_out(acc_o, weights);
     tile::wait_matmul<0>(acc_o);
     end_out();
-    skip(tiles.begin - smem.work[stage_before()].begin);
-    leave(stage_before(), acc_o, softmax);
+    skip(tiles.begin - smem.work[item.stage].begin);
+    leave(item.stage, acc_o, softmax);
+    next_item();
   }
 
   // Rows of the warpgroup that are all there leave by the copy engine, without a thread waiting.
@@ -652,6 +659,10 @@ struct Consumer {
     }
   }
 
+  __device__ __forceinline__ void next_item() {
+    item.advance();
+    smem.work_full[item.stage].wait(item.phase);
+  }
   __device__ __forceinline__ void end_item(int stage) {
     __syncwarp();
     if (tile::lane() == 0) smem.work_empty[stage].arrive();
@@ -709,8 +720,7 @@ struct Consumer {
       end_queries();
       store_nothing(work);
       end_item(item.stage);
-      item.advance();
-      smem.work_full[item.stage].wait(item.phase);
+      next_item();
     }
     if constexpr (C::tile.own_out)
       if (first_thread) ptx::wait_stores_read();

@@ -1,0 +1,83 @@
+"""More tiles of query rows than multiprocessors: each of them computes several, one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu import DTYPES, GPU
+from torch import Tensor
+
+import heed
+
+BATCH, SEQLEN, HEADS = 4, 1024, 16
+# Boundaries inside tiles of 128 and of 192 rows, whose last rows see nothing of what the first see.
+DOCUMENTS = (700, 20, 130, 174)
+ROWS = torch.arange(SEQLEN)
+
+
+def limits(mask: str) -> tuple[Tensor, Tensor]:
+    """Keys [first, end) of every row."""
+    first, end = torch.zeros_like(ROWS), ROWS + 1
+    if mask == "full":
+        end = torch.full_like(ROWS, SEQLEN)
+    elif mask == "window":
+        first = (ROWS - 99).clamp(min=0)
+    elif mask == "documents":
+        starts = torch.tensor((0, *DOCUMENTS)).cumsum(0)[:-1]
+        first = starts.repeat_interleave(torch.tensor(DOCUMENTS))
+    elif mask == "documents backwards":  # the first rows of a tile see the last keys
+        first, end = (SEQLEN - e for e in reversed(limits("documents")))
+        first, end = first.flip(0), end.flip(0)
+    elif mask == "some rows nothing":
+        end = torch.where(ROWS // 100 % 3 == 1, first, end)
+    return first, end
+
+
+def options(mask: str) -> dict:
+    if mask in ("full", "causal"):
+        return {"causal": mask == "causal"}
+    if mask == "window":
+        return {"causal": True, "left": 99}
+    intervals = torch.stack(limits(mask), -1).int()
+    return {"intervals": intervals.expand(BATCH, -1, -1).contiguous().to(GPU)}
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
+    first, end = (x.to(GPU)[:, None] for x in limits(mask))
+    keys = torch.arange(SEQLEN, device=GPU)
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    scores.masked_fill_((keys < first) | (keys >= end), -torch.inf)
+    return (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "head_dims", [(64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)], ids=str
+)
+@pytest.mark.parametrize(
+    "mask", ["full", "causal", "window", "documents", "documents backwards", "some rows nothing"]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense(mask: str, head_dims: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator(GPU).manual_seed(0)
+    q, k, v = (
+        torch.randn(BATCH, SEQLEN, HEADS, d, generator=generator, device=GPU).to(dtype)
+        for d in (head_dims[0], *head_dims)
+    )
+    out = heed.attention(q, k, v, **options(mask))
+    torch.testing.assert_close(out.float(), expected(q, k, v, mask), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_packed(head_dim: int) -> None:
+    """As rows of one tensor, and each document alone."""
+    total = sum(DOCUMENTS)
+    q, k, v = (torch.randn(total, 4 * HEADS, head_dim, device=GPU).bfloat16() for _ in range(3))
+    ends = torch.tensor((0, *DOCUMENTS), device=GPU).cumsum(0).int()
+    lists = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": max(DOCUMENTS)}
+    out = heed.attention(q, k, v, causal=True, **lists)
+    alone = [
+        heed.attention(*(x[a:b][None] for x in (q, k, v)), causal=True)[0]
+        for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    ]
+    torch.testing.assert_close(out, torch.cat(alone), rtol=2e-2, atol=2e-2)
