@@ -8,6 +8,9 @@ ARCHS ?= all
 TOOL ?= memcheck
 SUBSET ?= */size_97x193_causal:*/layout_*
 QUERY ?= Why does a violin sound different from a flute?
+# RECORD=1 writes versions and numbers of tests to benchmarks/results/tests.json.
+RECORD ?=
+REPORTS := $(abspath build/reports)
 export QUERY
 export HF_HUB_OFFLINE := 1
 
@@ -23,8 +26,14 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # The whole wheel where it has been built, else one for this machine alone, which takes less long.
 HERE = $(VENV)/$(if $(wildcard dist/.built),.heed,.heed-here)
 
+ctest_report = $(if $(RECORD),--output-junit $(REPORTS)/$(1))
+pytest_report = $(if $(RECORD),--junit-xml=$(REPORTS)/$(1))
+# Environment, name, command, reports.
+record = $(if $(RECORD),$(1)/bin/python scripts/record_tests.py $(2) --command "$(3)" --build build/ci \
+  $(addprefix $(REPORTS)/,$(4)) && $(1)/bin/python benchmarks/tables.py)
+
 .PHONY: help demo test test-cpp test-python test-oldest wheel test-gpu test-gpu-cpp test-gpu-python \
-  sanitize-gpu asan bench bench-gpu finetune clean distclean build-ci gpu always
+  sanitize-gpu asan bench bench-gpu finetune docs clean distclean build-ci gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
 .NOTPARALLEL:
@@ -35,29 +44,32 @@ help:  ## list the targets
 demo: $(HERE) $(VENV)/.model  ## embed the sample texts with eager, sdpa and heed; QUERY="..." asks another question
 	$(VENV)/bin/python examples/demo.py --query "$$QUERY"
 
-test: test-cpp test-python  ## build everything, CUDA kernels too, and run what needs no GPU
+test: test-cpp test-python  ## build everything, CUDA kernels too, and run what needs no GPU; RECORD=1 keeps the numbers
+	$(call record,$(VENV),newest,make test,cpp.xml python.xml)
 
 test-cpp: build-ci  ## the C++ part of the tests
-	$(PATHS) ctest --preset ci
+	$(PATHS) ctest --preset ci $(call ctest_report,cpp.xml)
 
 test-python: $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## the Python part of the tests
 	scripts/setup_headers.sh $(VENV)/bin/python
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 tests/python
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 $(call pytest_report,python.xml) tests/python
 
 test-oldest: $(OLDEST)/.heed  ## the Python part on the oldest supported PyTorch and Transformers
 	scripts/setup_headers.sh $(OLDEST)/bin/python
-	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n 2 tests/python
+	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n 2 $(call pytest_report,oldest.xml) tests/python
+	$(call record,$(OLDEST),oldest,make test-oldest,oldest.xml)
 
 wheel: dist/.built  ## build the wheel into dist/, for every GPU or for ARCHS="80;90"
 	@scripts/wheel_size.py dist/heed-*.whl
 
-test-gpu: test-gpu-cpp test-gpu-python  ## everything that needs a GPU
+test-gpu: test-gpu-cpp test-gpu-python  ## everything that needs a GPU; RECORD=1 keeps the numbers
+	$(call record,$(VENV),gpu,make test-gpu,gpu-cpp.xml gpu-python.xml)
 
 test-gpu-cpp: gpu build-ci  ## tile operations, and every GPU kernel against the oracle
-	$(PATHS) ctest --preset gpu -j $$(nproc)
+	$(PATHS) ctest --preset gpu -j $$(nproc) $(call ctest_report,gpu-cpp.xml)
 
 test-gpu-python: gpu $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## PyTorch, Transformers and flash_api on the GPU
-	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/python tests/gpu
+	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest $(call pytest_report,gpu-python.xml) tests/python tests/gpu
 
 sanitize-gpu: gpu build-ci  ## a few GPU tests under compute-sanitizer; TOOL=racecheck takes another of its tools
 	@command -v compute-sanitizer >/dev/null || \
@@ -84,6 +96,11 @@ bench-gpu: gpu $(VENV)/.heed  ## measure the GPU kernels and a Llama beside PyTo
 finetune: $(HERE) $(VENV)/.model  ## fine-tune a small BERT and a small Llama with eager and heed
 	$(VENV)/bin/python examples/05_finetune.py
 
+docs: $(VENV)/.docs  ## the documentation as a site in build/docs; a warning is an error
+	scripts/setup_doxygen.sh
+	mkdir -p build && doxygen scripts/Doxyfile
+	$(VENV)/bin/python -m mkdocs build
+
 clean:  ## remove what was built
 	rm -rf build dist
 
@@ -109,6 +126,10 @@ $(VENV)/.model: requirements/model.txt $(VENV)/.packages
 	@touch $@
 
 $(VENV)/.test: requirements/test.txt $(VENV)/.packages
+	$(VENV)/bin/python $(PIP) -r $<
+	@touch $@
+
+$(VENV)/.docs: requirements/docs.txt $(VENV)/.packages
 	$(VENV)/bin/python $(PIP) -r $<
 	@touch $@
 

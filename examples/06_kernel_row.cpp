@@ -65,7 +65,8 @@ void attend(const ForwardProblem& p, const SequenceSlice& at, std::int64_t head,
   }
 
   float* out = row_of<float>(p.out, at.q, head, row);
-  for (std::int64_t c = 0; c < channels; ++c) out[c] = state.sum == 0.f ? 0.f : sum_v[c] / state.sum;
+  for (std::int64_t c = 0; c < channels; ++c)
+    out[c] = state.sum == 0.f ? 0.f : sum_v[c] / state.sum;
   if (p.lse != nullptr) p.lse[lse_index(p, at, static_cast<int>(head), row)] = natural_lse(state);
 }
 

@@ -146,6 +146,7 @@ def c_comments(text: str) -> str:
     text = re.sub(r"^/\* ----.*?\*/$", "", text, flags=re.M | re.S)
     text = re.sub(r"^([ ]*)/\*(?=[ ])", r"\1/**", text, flags=re.M)
     text = re.sub(r"(?<=\S)([ ]+)/\*(?=[ ])", r"\1/**<", text)
+    text = re.sub(r"^ \*(?=   )", " *    ", text, flags=re.M)
     return text.replace("/**", "/** @file\n *", 1)
 
 
