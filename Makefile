@@ -24,7 +24,7 @@ WITH_CUDA = $(PATHS) CUDACXX="$$(scripts/setup_cuda.sh $(VENV))"
 WHEEL = $(VENV)/bin/python -m pip --disable-pip-version-check wheel . --no-deps --no-build-isolation
 ONE_THREAD := OMP_NUM_THREADS=1
 # The whole wheel where it has been built, else one for this machine alone, which takes less long.
-HERE = $(VENV)/$(if $(wildcard dist/.built),.heed,.heed-here)
+HERE = $(VENV)/$(if $(wildcard build/wheel/.built),.heed,.heed-here)
 
 ctest_report = $(if $(RECORD),--output-junit $(REPORTS)/$(1))
 pytest_report = $(if $(RECORD),--junit-xml=$(REPORTS)/$(1))
@@ -59,8 +59,8 @@ test-oldest: $(OLDEST)/.heed  ## the Python part on the oldest supported PyTorch
 	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n 2 $(call pytest_report,oldest.xml) tests/python
 	$(call record,$(OLDEST),oldest,make test-oldest,oldest.xml)
 
-wheel: dist/.built  ## build the wheel into dist/, for every GPU or for ARCHS="80;90"
-	@scripts/wheel_size.py dist/heed-*.whl
+wheel: build/wheel/.built $(VENV)/.wheel  ## build the wheel into dist/, for every GPU or for ARCHS="80;90"
+	@$(PATHS) $(VENV)/bin/python scripts/tag_wheel.py build/wheel/heed-*.whl dist
 
 test-gpu: test-gpu-cpp test-gpu-python  ## everything that needs a GPU; RECORD=1 keeps the numbers
 	$(call record,$(VENV),gpu,make test-gpu,gpu-cpp.xml gpu-python.xml)
@@ -133,14 +133,18 @@ $(VENV)/.docs: requirements/docs.txt $(VENV)/.packages
 	$(VENV)/bin/python $(PIP) -r $<
 	@touch $@
 
+$(VENV)/.wheel: requirements/wheel.txt $(VENV)/.packages
+	$(VENV)/bin/python $(PIP) -r $<
+	@touch $@
+
 $(OLDEST)/.packages: requirements/oldest.txt requirements/test.txt scripts/setup.sh
 	scripts/setup.sh $(OLDEST) "$(PYTHON_OLDEST)" requirements/oldest.txt requirements/test.txt
 	@touch $@
 
 # One wheel serves every Python and every PyTorch, so both environments install the same file.
-dist/.built: $(SOURCES) $(VENV)/.packages build/archs
-	rm -rf dist
-	$(WITH_CUDA) $(WHEEL) -w dist --config-settings=build-dir=build/ci \
+build/wheel/.built: $(SOURCES) $(VENV)/.packages build/archs
+	rm -rf build/wheel
+	$(WITH_CUDA) $(WHEEL) -w build/wheel --config-settings=build-dir=build/ci \
 	  --config-settings=cmake.define.HEED_CUDA_ARCHS="$(ARCHS)"
 	@touch $@
 
@@ -148,8 +152,8 @@ build/archs: always
 	@mkdir -p build
 	@echo "$(ARCHS)" | cmp -s - $@ || echo "$(ARCHS)" > $@
 
-$(VENV)/.heed $(OLDEST)/.heed: %/.heed: dist/.built %/.packages
-	$*/bin/python $(PIP) --no-deps --force-reinstall dist/heed-*.whl
+$(VENV)/.heed $(OLDEST)/.heed: %/.heed: build/wheel/.built %/.packages
+	$*/bin/python $(PIP) --no-deps --force-reinstall build/wheel/heed-*.whl
 	@rm -f $*/.heed-here
 	@touch $@
 
