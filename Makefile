@@ -33,7 +33,7 @@ record = $(if $(RECORD),$(1)/bin/python scripts/record_tests.py $(2) --command "
   $(addprefix $(REPORTS)/,$(4)) && $(1)/bin/python benchmarks/tables.py)
 
 .PHONY: help demo test test-cpp test-python test-oldest wheel test-gpu test-gpu-cpp test-gpu-python \
-  sanitize-gpu asan bench bench-gpu finetune docs clean distclean build-ci gpu always
+  sanitize-gpu asan test-aarch64 bench bench-gpu finetune docs clean distclean build-ci gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
 .NOTPARALLEL:
@@ -85,6 +85,13 @@ asan: $(VENV)/.packages  ## the C++ part on the CPU under AddressSanitizer and U
 	$(PATHS) cmake --build --preset asan
 	$(PATHS) ctest --preset asan
 
+test-aarch64: $(VENV)/.packages  ## cross-compile the C++ part on the CPU for aarch64 and run it in qemu
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null && test -d /usr/src/googletest || { echo \
+	  "this needs (Debian): apt-get install g++-aarch64-linux-gnu qemu-user libgtest-dev" >&2; exit 1; }
+	$(PATHS) cmake --preset aarch64
+	$(PATHS) cmake --build --preset aarch64
+	$(PATHS) ctest --preset aarch64
+
 bench: $(HERE)  ## measure the CPU kernels beside PyTorch
 	$(VENV)/bin/python benchmarks/cpu/bench.py
 
@@ -99,7 +106,7 @@ finetune: $(HERE) $(VENV)/.model  ## fine-tune a small BERT and a small Llama wi
 docs: $(VENV)/.docs  ## the documentation as a site in build/docs; a warning is an error
 	scripts/setup_doxygen.sh
 	mkdir -p build && doxygen scripts/Doxyfile
-	$(VENV)/bin/python -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
 clean:  ## remove what was built
 	rm -rf build dist

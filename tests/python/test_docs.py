@@ -1,4 +1,4 @@
-"""What the pages say: Python examples run, C++ examples are compiled somewhere, links lead somewhere."""
+"""What pages say: Python examples run, C++ examples are compiled text, links lead somewhere."""
 
 import importlib.util
 import re
@@ -7,7 +7,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 import heed.flash_api
