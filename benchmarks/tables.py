@@ -216,7 +216,7 @@ def cuda_build_table(data: dict, part: str) -> str:
     )
 
 
-PASSES = ["forward", "forward_narrow", "decode", "decode_compact", "decode_wide"]
+PASSES = ["forward", "forward_short", "forward_narrow", "decode", "decode_compact", "decode_wide"]
 PASSES += ["backward", "backward_compact"]
 
 

@@ -38,7 +38,15 @@ ATTENTION = re.compile(
     r"4heed4(?P<family>sm80|sm90)\d+(?P<kernel>forward|decode|backward|finish_dq)I\w*?Config"
     r"INS_\d(?P<dtype>b?f16)E\w*?TileE(?P<tile>(?:L[ib]\d+E)+)E\w*?\d(?P<score>Plain|Softcap|General)Score"
 )
-HOPPER_FORWARD = ("head_dim", "head_dim_v", "consumers", "tile_n", "stages", "turns", "own_out")
+HOPPER_FORWARD = (
+    "head_dim",
+    "head_dim_v",
+    "consumers",
+    "tile_n",
+    "stages",
+    "own_out",
+    "chained",
+)
 FORWARD = ("head_dim", "tile_m", "tile_n", "warps", "ctas", "packed", "stages", "key_warps")
 BACKWARD = ("head_dim", "tile_m", "tile_n", "keys", "share", "stages")
 
