@@ -212,7 +212,10 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "commit": os.environ.get("HEED_COMMIT")
             or said("git", "describe", "--always", "--dirty"),
-            "command": shlex.join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+            "command": shlex.join(  # where it was built says nothing elsewhere
+                ["python", "scripts/cuda_report.py", "--save", "--jobs", str(args.jobs)]
+                + (["--", *args.options] if args.options else [])
+            ),
         },
         "limits": LIMITS,
         "totals": totals,
