@@ -178,6 +178,21 @@ def gpu_summary(data: dict) -> str:
     return "\n".join([*lines, "", f"Geometric means. {where}: `make bench-gpu`"])
 
 
+def counter_table(data: dict) -> str:
+    """A line per case: each counter of every peer."""
+    peers = [p for p in PEERS if any(p in c["peers"] for c in data["cells"])]
+    names = list(data["cells"][0]["peers"]["heed"])
+    head = ["case", *(f"{name}, {' / '.join(PEERS[p] for p in peers)}" for name in names)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for c in data["cells"]:
+        values = [
+            " / ".join(f"{c['peers'][p][name]:.3g}" if p in c["peers"] else "-" for p in peers)
+            for name in names
+        ]
+        lines.append(f"| {' | '.join([c['shape'], *values])} |")
+    return "\n".join([*lines, "", gpu_caption(data["machine"])])
+
+
 def cuda_build_table(data: dict, part: str) -> str:
     """What kernels of a family cost on sm_90, a line per pass and head_dim; `totals`: what the
     build costs."""
@@ -233,7 +248,7 @@ def cuda_build_table(data: dict, part: str) -> str:
     )
 
 
-PASSES = ["forward", "forward_narrow", "decode", "decode_compact", "decode_wide"]
+PASSES = ["forward", "forward_short", "forward_narrow", "decode", "decode_compact", "decode_wide"]
 PASSES += ["backward", "backward_compact"]
 
 
@@ -246,6 +261,8 @@ def table_of(data: dict, part: str) -> str:
         return support_table(data)
     if "passes" in data:
         return gpu_kernel_table(data, part)
+    if "peers" in data["cells"][0]:
+        return counter_table(data)
     if "requests_per_s" in data["cells"][0]:
         return serving_table(data)
     return model_table(data) if "ms" in data["cells"][0] else speed_table(data)

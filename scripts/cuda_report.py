@@ -38,7 +38,15 @@ ATTENTION = re.compile(
     r"4heed4(?P<family>sm80|sm90)\d+(?P<kernel>forward|decode|backward|finish_dq)I\w*?Config"
     r"INS_\d(?P<dtype>b?f16)E\w*?TileE(?P<tile>(?:L[ib]\d+E)+)E\w*?\d(?P<score>Plain|Softcap|General)Score"
 )
-HOPPER_FORWARD = ("head_dim", "head_dim_v", "consumers", "tile_n", "stages", "turns", "own_out")
+HOPPER_FORWARD = (
+    "head_dim",
+    "head_dim_v",
+    "consumers",
+    "tile_n",
+    "stages",
+    "own_out",
+    "chained",
+)
 FORWARD = ("head_dim", "tile_m", "tile_n", "warps", "ctas", "packed", "stages", "key_warps")
 BACKWARD = ("head_dim", "tile_m", "tile_n", "keys", "share", "stages")
 
@@ -204,7 +212,10 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "commit": os.environ.get("HEED_COMMIT")
             or said("git", "describe", "--always", "--dirty"),
-            "command": shlex.join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+            "command": shlex.join(  # where it was built says nothing elsewhere
+                ["python", "scripts/cuda_report.py", "--save", "--jobs", str(args.jobs)]
+                + (["--", *args.options] if args.options else [])
+            ),
         },
         "limits": LIMITS,
         "totals": totals,

@@ -350,7 +350,7 @@ def build(
     """
     torch.manual_seed(seed)
     if dtype is None:
-        dtype = DTYPE if attention == "heed" else torch.float32
+        dtype = DTYPE if attention.removeprefix("paged|") == "heed" else torch.float32
     config = tiny.config()
     if dtype == torch.float64:
         config._experts_implementation = "eager"  # the others know no float64

@@ -7,9 +7,11 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import heed.flash_api
+import heed.sdpa
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -48,6 +50,9 @@ def test_python_examples(name, monkeypatch, capsys, tmp_path) -> None:
         raise
     except MemoryError as error:
         pytest.skip(f"this Transformers needs psutil on a CPU: {error}")
+    finally:
+        if torch.nn.attention.current_flash_attention_impl() == "heed":
+            heed.sdpa.restore()
     CHECKS.get(name, lambda names: None)(names)
 
 

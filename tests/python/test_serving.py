@@ -205,6 +205,7 @@ def test_block_tables(steps):
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("use_async", [False, True])
 def test_cuda_graphs(name, use_async):
+    skip_broken_windows(name)
     options = {"use_cuda_graph": True, "use_async_batching": use_async}
     assert_same(serve(name, "heed", PROMPTS, **options), expected(name))
 

@@ -1,17 +1,19 @@
 // Forward attention on Hopper: out = softmax(score(q k^T)) v, and its lse.
 //
 // One CTA per multiprocessor computes one item after another: tile_m query rows of one head. Its
-// first warpgroup brings what the others need, in two warps. The scheduler finds items, one ahead:
-// rows, the limits of each, the tiles of keys that they see. The loader copies tiles of Q, K and V
-// by TMA. The other warpgroups consume: 64 rows each, both products by wgmma.
+// first warpgroup brings what the others need, in two warps. The scheduler finds items: rows, the
+// limits of each, the tiles of keys that they see. The loader copies tiles of Q, K and V by TMA. The
+// other warpgroups consume: 64 rows each, both products by wgmma.
 //
-//   loader     K(n)  Q  V(n)  K(n-1)  V(n-1)  K(n-2) ...                           next item: K Q V
-//   consumer   S(n)  softmax | S(n-1)  O += P(n) V   | S(n-2)  O += P(n-1) V   | ...       store
-//                            |         softmax S(n-1)|         softmax S(n-2)  |
+//   loader     K(n)  Q  V(n)  K(n-1)  V(n-1)  K(n-2) ...                  K  Q  V of the next item
+//   consumer   S(n)  softmax | S(n-1)  O += P(n) V   | S(n-2)  O += P(n-1) V   | ...  S  O += P(0) V
+//                            |         softmax S(n-1)|         softmax S(n-2)  |        softmax S
+//                            |                       |                         |            store O
 //
-// The next S and this P V are under way together, and the next S's softmax runs under this P V.
-// Where `turns` is set, consumers begin their products one after the other, so that one's softmax
-// runs under the other's products as well.
+// The next S and this P V are under way together, and the next S's softmax runs under this P V,
+// from item to item too. Consumers begin their products one after the other, so that one's softmax
+// runs under the other's products as well. tests/python/test_hopper_pipeline.py says who waits for
+// whom.
 #pragma once
 
 #include <array>

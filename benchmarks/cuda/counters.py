@@ -1,0 +1,118 @@
+"""What limits the forward: hardware counters of one launch each beside its peers (Nsight Compute).
+
+python benchmarks/cuda/counters.py [--save]   needs ncu in PATH and leave to read the counters
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import torch
+from kernels import BACKENDS, HIDDEN, ROOT, TOKENS, fa4, forward_call, randn, sdpa, works
+from machine import machine
+
+# head_dim, seqlen, causal
+CASES = (
+    (64, 512, True),
+    (128, 512, False),
+    (128, 512, True),
+    (256, 512, False),
+    (256, 512, True),
+    (64, 16384, False),
+    (128, 8192, False),
+    (128, 8192, True),
+    (256, 8192, False),
+)
+METRICS = {
+    "us": "gpu__time_duration.sum",
+    "cycles": "sm__cycles_elapsed.max",
+    "active cycles": "sm__cycles_active.avg",
+    "tensor pipe %": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "issue slots %": "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "DRAM MB": "dram__bytes.sum",
+    "L2 read MB": "lts__t_sectors_op_read.sum",
+}
+UNITS = {"us": 1e-3, "DRAM MB": 1e-6, "L2 read MB": 32e-6}  # from ns, bytes and sectors of 32 bytes
+# A part of the names of the peers' kernels, one of which each call launches.
+KERNELS = {"heed": "sm90::forward", "cudnn": "sdpa", "fa4": "FlashAttention"}
+
+
+@torch.no_grad()
+def launch_all() -> None:
+    """What ncu looks at: every case by every peer, once. What comes before is not looked at."""
+    for d, seqlen, causal in CASES:
+        q, k, v = (randn(TOKENS // seqlen, seqlen, HIDDEN // d, d) for _ in range(3))
+        calls = {"heed": forward_call(q, k, v, causal=causal)}
+        if "cudnn" in BACKENDS:
+            calls["cudnn"] = lambda q=q, k=k, v=v, c=causal: sdpa("cudnn", q, k, v, c)
+        if fa4 is not None:
+            calls["fa4"] = lambda q=q, k=k, v=v, c=causal: fa4(q, k, v, causal=c)
+        for peer, call in calls.items():
+            if works(call, peer):
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                call()
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+
+
+def measure() -> list[dict]:
+    """ncu's table of launch_all() in a process of its own, a dictionary per case."""
+    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]
+    command += ["--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS.values())]
+    if shutil.which(command[0]) is None:
+        sys.exit("ncu must be in PATH: a full CUDA installation has it")
+    done = subprocess.run(
+        [*command, sys.executable, __file__, "--launch"], capture_output=True, text=True
+    )
+    rows = [row for row in csv.reader(done.stdout.splitlines()) if len(row) > len(METRICS)]
+    if done.returncode or not rows:
+        sys.exit(f"ncu measured nothing:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    head, launches = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    assert set(METRICS.values()) <= set(head), (
+        f"ncu does not know {set(METRICS.values()) - set(head)}"
+    )
+    cells = [{"shape": name_of(*case), "peers": {}} for case in CASES]
+    for peer, part in KERNELS.items():
+        own = [x for x in launches if part.lower() in x["Kernel Name"].lower()]
+        if own and len(own) != len(CASES):
+            sys.exit(f"{peer}: {len(own)} launches of {part}, {len(CASES)} were expected")
+        for cell, launch in zip(cells, own, strict=False):
+            cell["peers"][peer] = {
+                name: float(launch[metric].replace(",", "")) * UNITS.get(name, 1.0)
+                for name, metric in METRICS.items()
+            }
+    return cells
+
+
+def name_of(d: int, seqlen: int, causal: bool) -> str:
+    return f"d{d} {TOKENS // seqlen}x{seqlen} {'causal' if causal else 'full'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", action="store_true", help="write results/cuda_counters.json")
+    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.launch:
+        return launch_all()
+    cells = measure()
+    for cell in cells:
+        for peer, values in cell["peers"].items():
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(f"{cell['shape']:22} {peer:6} {numbers}")
+    if arguments.save:
+        path = ROOT / "benchmarks" / "results" / "cuda_counters.json"
+        data = {"machine": machine() | {"cudnn": torch.backends.cudnn.version()}, "cells": cells}
+        path.write_text(json.dumps(data, indent=1) + "\n")
+        print(path.relative_to(ROOT))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Who waits for whom in src/cuda/sm90/forward.cuh, without a GPU: a model of its warps.
+
+Scheduler, loader and consumers are coroutines, each step of which another may follow. They have the
+kernel's barriers, and shared memory holds names instead of tiles. Random items in random orders of
+steps: nobody waits for ever, and every consumer multiplies what it means to, once. A change of the
+kernel's barriers begins with this file.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+Step = Iterator[None]
+SOON = 2  # tiles of keys that are left to copy when the next item may be taken
+
+
+class Barrier:
+    """An mbarrier in shared memory: `count` arrivals complete a phase."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.arrived, self.phases = count, 0, 0
+
+    def arrive(self) -> None:
+        self.arrived += 1
+        if self.arrived == self.count:
+            self.arrived, self.phases = 0, self.phases + 1
+
+    def wait(self, phase: int) -> Step:
+        while self.phases % 2 == phase:
+            yield
+
+
+@dataclass
+class Ring:
+    """A PipelineState."""
+
+    stages: int
+    stage: int = 0
+    phase: int = 0
+
+    def advance(self) -> None:
+        self.stage += 1
+        if self.stage == self.stages:
+            self.stage, self.phase = 0, self.phase ^ 1
+
+    def copy(self) -> Ring:
+        return Ring(self.stages, self.stage, self.phase)
+
+
+@dataclass
+class Item:
+    number: int
+    own: list[tuple[int, int]]  # tiles of keys that a consumer's rows see
+    begin: int = 0
+    end: int = 0
+    last: bool = False
+
+
+@dataclass
+class Kernel:
+    consumers: int
+    stages: int
+    slots: int
+    chained: bool
+    counts: bool  # items are taken from a counter
+    items: list[Item]
+    done: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def barriers(n: int, count: int) -> list[Barrier]:
+            return [Barrier(count) for _ in range(n)]
+
+        n = self.consumers
+        self.work_full, self.work_soon = barriers(self.slots, 1), barriers(self.slots, 1)
+        self.work_empty = barriers(self.slots, n + 1)
+        self.q_full, self.q_empty = barriers(n, 1), barriers(n, 1)
+        self.k_full, self.v_full = barriers(self.stages, 1), barriers(self.stages, 1)
+        self.k_empty, self.v_empty = barriers(self.stages, n), barriers(self.stages, n)
+        self.work: list[Item] = [None] * self.slots
+        self.q: list = [None] * n
+        self.k: list = [None] * self.stages
+        self.v: list = [None] * self.stages
+        self.turn = [c == 0 for c in range(n)]
+
+    def schedule(self) -> Step:
+        at, before = Ring(self.slots), None
+        for item in [*self.items, Item(-1, [], last=True)]:
+            yield from self.work_empty[at.stage].wait(at.phase ^ 1)
+            if self.counts and before is not None:
+                yield from self.work_soon[before.stage].wait(before.phase)
+            self.work[at.stage] = item
+            self.work_full[at.stage].arrive()
+            yield
+            before = at.copy()
+            at.advance()
+
+    def load(self) -> Step:
+        item, at, phase = Ring(self.slots), Ring(self.stages), 0
+
+        def copy(to: list, full: list[Barrier], empty: list[Barrier], n: int) -> Step:
+            yield from empty[at.stage].wait(at.phase ^ 1)
+            to[at.stage] = "on its way"
+            yield
+            to[at.stage] = (work.number, n)
+            full[at.stage].arrive()
+
+        while True:
+            yield from self.work_full[item.stage].wait(item.phase)
+            work = self.work[item.stage]
+            if work.last:
+                return
+            n = work.end
+            soon = min(n, work.begin + SOON)
+            if n == soon:
+                self.work_soon[item.stage].arrive()
+            n -= 1
+            if n >= work.begin:
+                yield from copy(self.k, self.k_full, self.k_empty, n)
+            for c in range(self.consumers):
+                yield from self.q_empty[c].wait(phase ^ 1)
+                self.q[c] = work.number
+                self.q_full[c].arrive()
+                yield
+            while n >= work.begin:
+                yield from copy(self.v, self.v_full, self.v_empty, n)
+                at.advance()
+                if n == soon:
+                    self.work_soon[item.stage].arrive()
+                n -= 1
+                if n >= work.begin:
+                    yield from copy(self.k, self.k_full, self.k_empty, n)
+            self.work_empty[item.stage].arrive()
+            phase ^= 1
+            item.advance()
+
+    def consume(self, index: int) -> Step:
+        item, k_at, v_at = Ring(self.slots), Ring(self.stages), Ring(self.stages)
+        q_phase, most_between = 0, self.stages - 2
+
+        def take_turn() -> Step:
+            while not self.turn[index]:
+                yield
+            self.turn[index] = False
+
+        def pass_turn() -> None:
+            after = (index + 1) % self.consumers
+            assert not self.turn[after], "a turn was passed twice"
+            self.turn[after] = True
+
+        def begin_scores(work: Item, n: int) -> Step:
+            yield from self.k_full[k_at.stage].wait(k_at.phase)
+            yield from take_turn()
+            assert (self.k[k_at.stage], self.q[index]) == ((work.number, n), work.number)
+
+        def end_scores() -> None:
+            self.k_empty[k_at.stage].arrive()
+            k_at.advance()
+
+        def end_queries() -> None:
+            nonlocal q_phase
+            self.q_empty[index].arrive()
+            q_phase ^= 1
+
+        def begin_out(work: Item, n: int) -> Step:
+            yield from self.v_full[v_at.stage].wait(v_at.phase)
+            assert self.v[v_at.stage] == (work.number, n)
+
+        def end_out() -> None:
+            self.v_empty[v_at.stage].arrive()
+            v_at.advance()
+
+        def skip_keys() -> Step:
+            yield from self.k_full[k_at.stage].wait(k_at.phase)
+            yield from take_turn()
+            pass_turn()
+            end_scores()
+
+        def skip_values() -> Step:
+            yield from self.v_full[v_at.stage].wait(v_at.phase)
+            end_out()
+
+        def skip(count: int) -> Step:
+            for _ in range(count):
+                yield from skip_keys()
+                yield from skip_values()
+
+        def step(of: Item, n: int, before: Item, m: int, between: int = 0) -> Step:
+            """Scores of tile n under way with the output of tile m."""
+            yield from begin_scores(of, n)
+            yield from begin_out(before, m)
+            pass_turn()
+            yield
+            end_scores()
+            if n == of.own[index][0]:
+                end_queries()
+            yield
+            end_out()
+            seen.append(m)
+            for _ in range(between):
+                yield from skip_values()
+
+        def leave(stage: int) -> None:
+            self.done[self.work[stage].number, index] = seen.copy()
+            seen.clear()
+            self.work_empty[stage].arrive()
+
+        def attend() -> Step:
+            work = self.work[item.stage]
+            begin, n = work.own[index][0], work.own[index][1] - 1
+            yield from begin_scores(work, n)
+            pass_turn()
+            yield
+            end_scores()
+            if n == begin:
+                end_queries()
+            while True:
+                for m in range(n, begin, -1):
+                    yield from step(work, m - 1, work, m)
+                n, between = begin, begin - work.begin
+                if not self.chained or between > most_between:
+                    break
+                after = item.copy()
+                after.advance()
+                yield from self.work_full[after.stage].wait(after.phase)
+                then = self.work[after.stage]
+                if then.last or then.own[index][0] >= then.own[index][1]:
+                    break
+                between += then.end - then.own[index][1]
+                if between > most_between:
+                    break
+                for _ in range(between):
+                    yield from skip_keys()
+                yield from self.q_full[index].wait(q_phase)
+                left = item.stage
+                item.stage, item.phase = after.stage, after.phase
+                yield from step(then, then.own[index][1] - 1, work, n, between)
+                leave(left)
+                work, begin, n = then, then.own[index][0], then.own[index][1] - 1
+            yield from begin_out(work, n)
+            yield
+            end_out()
+            seen.append(n)
+            yield from skip(begin - work.begin)
+
+        seen: list[int] = []
+        yield from self.work_full[item.stage].wait(item.phase)
+        while not self.work[item.stage].last:
+            work = self.work[item.stage]
+            yield from self.q_full[index].wait(q_phase)
+            yield from skip(work.end - work.own[index][1])
+            if work.own[index][0] < work.own[index][1]:
+                yield from attend()
+            else:
+                end_queries()
+            leave(item.stage)
+            item.advance()
+            yield from self.work_full[item.stage].wait(item.phase)
+
+    def run(self, order: random.Random) -> None:
+        warps = [self.schedule(), self.load(), *map(self.consume, range(self.consumers))]
+        speeds = [order.choice((1, 1, 5, 20)) for _ in warps]
+        alive = list(range(len(warps)))
+        for _ in range(200_000):
+            if not alive:
+                return
+            warp = order.choices(alive, [speeds[w] for w in alive])[0]
+            if next(warps[warp], warp) is not None:
+                alive.remove(warp)
+        pytest.fail(f"they wait for each other: {self.items}")
+
+
+def random_items(draw: random.Random, consumers: int, mask: str) -> list[Item]:
+    items = []
+    for number in range(draw.randint(1, 14)):
+        own = []
+        for _ in range(consumers):
+            begin = {"causal": 0, "documents": draw.choice((0, 0, 1, 5))}.get(
+                mask, draw.randint(0, 6)
+            )
+            own.append((begin, begin + draw.randint(mask == "causal", 6)))
+        seen = [tiles for tiles in own if tiles[0] < tiles[1]]
+        first, end = min((b for b, _ in seen), default=0), max((e for _, e in seen), default=0)
+        own = [tiles if tiles in seen else (first, first) for tiles in own]
+        items.append(Item(number, own, first, end))
+    return items
+
+
+@pytest.mark.parametrize("mask", ["causal", "documents", "any"])
+@pytest.mark.parametrize(
+    ("consumers", "stages", "slots", "chained"),
+    [(3, 3, 3, True), (2, 2, 3, True), (2, 2, 3, False), (2, 2, 2, False)],
+)
+def test_nobody_waits_for_ever(consumers, stages, slots, chained, mask) -> None:
+    for seed in range(40):
+        draw = random.Random(seed)
+        items = random_items(draw, consumers, mask)
+        kernel = Kernel(consumers, stages, slots, chained, draw.random() < 0.7, items)
+        kernel.run(draw)
+        assert kernel.done == {
+            (item.number, c): list(range(end - 1, begin - 1, -1))
+            for item in items
+            for c, (begin, end) in enumerate(item.own)
+        }
