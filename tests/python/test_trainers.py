@@ -258,15 +258,15 @@ def sft(tmp_path):
 
 
 @on_cpu
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", list(RUNS)[:3])
 def test_trl_without_padding(run, sft):
-    free, padding = sft("heed", run, padding_free=True, max_length=None), sft("eager", "plain")
-    assert_same_losses(losses(free), losses(padding))
+    free = losses(sft("heed", run, padding_free=True, max_length=None))
+    assert_same_losses(free, losses(sft("eager", "plain")))
 
 
 @on_cpu
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
-@pytest.mark.parametrize("run", ["plain", "cache", "checkpointing"])
+@pytest.mark.parametrize("run", list(RUNS)[:3])
 def test_trl_packing(run, strategy, sft, monkeypatch):
     """Rows of 14 tokens, four a step; "bfd_split" cuts the longest text in two."""
     packing = {"packing": True, "packing_strategy": strategy, "max_length": 14}
