@@ -8,6 +8,9 @@ ARCHS ?= all
 TOOL ?= memcheck
 SUBSET ?= */size_97x193_causal:*/layout_*
 QUERY ?= Why does a violin sound different from a flute?
+# RECORD=1 writes versions and numbers of tests to benchmarks/results/tests.json.
+RECORD ?=
+REPORTS := $(abspath build/reports)
 export QUERY
 export HF_HUB_OFFLINE := 1
 
@@ -21,10 +24,16 @@ WITH_CUDA = $(PATHS) CUDACXX="$$(scripts/setup_cuda.sh $(VENV))"
 WHEEL = $(VENV)/bin/python -m pip --disable-pip-version-check wheel . --no-deps --no-build-isolation
 ONE_THREAD := OMP_NUM_THREADS=1
 # The whole wheel where it has been built, else one for this machine alone, which takes less long.
-HERE = $(VENV)/$(if $(wildcard dist/.built),.heed,.heed-here)
+HERE = $(VENV)/$(if $(wildcard build/wheel/.built),.heed,.heed-here)
+
+ctest_report = $(if $(RECORD),--output-junit $(REPORTS)/$(1))
+pytest_report = $(if $(RECORD),--junit-xml=$(REPORTS)/$(1))
+# Environment, name, command, reports.
+record = $(if $(RECORD),$(1)/bin/python scripts/record_tests.py $(2) --command "$(3)" --build build/ci \
+  $(addprefix $(REPORTS)/,$(4)) && $(1)/bin/python benchmarks/tables.py)
 
 .PHONY: help demo test test-cpp test-python test-oldest wheel hub test-gpu test-gpu-cpp test-gpu-python \
-  sanitize-gpu asan bench bench-gpu finetune clean distclean build-ci gpu always
+  sanitize-gpu asan test-aarch64 bench bench-gpu finetune docs clean distclean build-ci gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
 .NOTPARALLEL:
@@ -35,32 +44,35 @@ help:  ## list the targets
 demo: $(HERE) $(VENV)/.model  ## embed the sample texts with eager, sdpa and heed; QUERY="..." asks another question
 	$(VENV)/bin/python examples/demo.py --query "$$QUERY"
 
-test: test-cpp test-python  ## build everything, CUDA kernels too, and run what needs no GPU
+test: test-cpp test-python  ## build everything, CUDA kernels too, and run what needs no GPU; RECORD=1 keeps the numbers
+	$(call record,$(VENV),newest,make test,cpp.xml python.xml)
 
 test-cpp: build-ci  ## the C++ part of the tests
-	$(PATHS) ctest --preset ci
+	$(PATHS) ctest --preset ci $(call ctest_report,cpp.xml)
 
 test-python: $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## the Python part of the tests
 	scripts/setup_headers.sh $(VENV)/bin/python
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 tests/python
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 $(call pytest_report,python.xml) tests/python
 
 test-oldest: $(OLDEST)/.heed  ## the Python part on the oldest supported PyTorch and Transformers
 	scripts/setup_headers.sh $(OLDEST)/bin/python
-	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n 2 tests/python
+	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n 2 $(call pytest_report,oldest.xml) tests/python
+	$(call record,$(OLDEST),oldest,make test-oldest,oldest.xml)
 
-wheel: dist/.built  ## build the wheel into dist/, for every GPU or for ARCHS="80;90"
-	@scripts/wheel_size.py dist/heed-*.whl
+wheel: build/wheel/.built $(VENV)/.wheel  ## build the wheel into dist/, for every GPU or for ARCHS="80;90"
+	@$(PATHS) $(VENV)/bin/python scripts/tag_wheel.py build/wheel/heed-*.whl dist
 
-hub: dist/.built  ## write the wheel into build/hub/ as a repository that the package kernels loads
-	$(VENV)/bin/python scripts/hub.py dist/heed-*.whl build/hub --build build/ci --archs "$(ARCHS)"
+hub: build/wheel/.built  ## write the wheel into build/hub/ as a repository that the package kernels loads
+	$(VENV)/bin/python scripts/hub.py build/wheel/heed-*.whl build/hub --build build/ci --archs "$(ARCHS)"
 
-test-gpu: test-gpu-cpp test-gpu-python  ## everything that needs a GPU
+test-gpu: test-gpu-cpp test-gpu-python  ## everything that needs a GPU; RECORD=1 keeps the numbers
+	$(call record,$(VENV),gpu,make test-gpu,gpu-cpp.xml gpu-python.xml)
 
 test-gpu-cpp: gpu build-ci  ## tile operations, and every GPU kernel against the oracle
-	$(PATHS) ctest --preset gpu -j $$(nproc)
+	$(PATHS) ctest --preset gpu -j $$(nproc) $(call ctest_report,gpu-cpp.xml)
 
 test-gpu-python: gpu $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## PyTorch, Transformers and flash_api on the GPU
-	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/python tests/gpu
+	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest $(call pytest_report,gpu-python.xml) tests/python tests/gpu
 
 sanitize-gpu: gpu build-ci  ## a few GPU tests under compute-sanitizer; TOOL=racecheck takes another of its tools
 	@command -v compute-sanitizer >/dev/null || \
@@ -76,6 +88,13 @@ asan: $(VENV)/.packages  ## the C++ part on the CPU under AddressSanitizer and U
 	$(PATHS) cmake --build --preset asan
 	$(PATHS) ctest --preset asan
 
+test-aarch64: $(VENV)/.packages  ## cross-compile the C++ part on the CPU for aarch64 and run it in qemu
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null && test -d /usr/src/googletest || { echo \
+	  "this needs (Debian): apt-get install g++-aarch64-linux-gnu qemu-user libgtest-dev" >&2; exit 1; }
+	$(PATHS) cmake --preset aarch64
+	$(PATHS) cmake --build --preset aarch64
+	$(PATHS) ctest --preset aarch64
+
 bench: $(HERE)  ## measure the CPU kernels beside PyTorch
 	$(VENV)/bin/python benchmarks/cpu/bench.py
 
@@ -86,6 +105,11 @@ bench-gpu: gpu $(VENV)/.heed  ## measure the GPU kernels and a Llama beside PyTo
 
 finetune: $(HERE) $(VENV)/.model  ## fine-tune a small BERT and a small Llama with eager and heed
 	$(VENV)/bin/python examples/05_finetune.py
+
+docs: $(VENV)/.docs  ## the documentation as a site in build/docs; a warning is an error
+	scripts/setup_doxygen.sh
+	mkdir -p build && doxygen scripts/Doxyfile
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
 clean:  ## remove what was built
 	rm -rf build dist
@@ -115,14 +139,22 @@ $(VENV)/.test: requirements/test.txt requirements/trainers.txt $(VENV)/.packages
 	$(VENV)/bin/python $(PIP) -r $< -r requirements/trainers.txt
 	@touch $@
 
+$(VENV)/.docs: requirements/docs.txt $(VENV)/.packages
+	$(VENV)/bin/python $(PIP) -r $<
+	@touch $@
+
+$(VENV)/.wheel: requirements/wheel.txt $(VENV)/.packages
+	$(VENV)/bin/python $(PIP) -r $<
+	@touch $@
+
 $(OLDEST)/.packages: requirements/oldest.txt requirements/test.txt scripts/setup.sh
 	scripts/setup.sh $(OLDEST) "$(PYTHON_OLDEST)" requirements/oldest.txt requirements/test.txt
 	@touch $@
 
 # One wheel serves every Python and every PyTorch, so both environments install the same file.
-dist/.built: $(SOURCES) $(VENV)/.packages build/archs
-	rm -rf dist
-	$(WITH_CUDA) $(WHEEL) -w dist --config-settings=build-dir=build/ci \
+build/wheel/.built: $(SOURCES) $(VENV)/.packages build/archs
+	rm -rf build/wheel
+	$(WITH_CUDA) $(WHEEL) -w build/wheel --config-settings=build-dir=build/ci \
 	  --config-settings=cmake.define.HEED_CUDA_ARCHS="$(ARCHS)"
 	@touch $@
 
@@ -130,8 +162,8 @@ build/archs: always
 	@mkdir -p build
 	@echo "$(ARCHS)" | cmp -s - $@ || echo "$(ARCHS)" > $@
 
-$(VENV)/.heed $(OLDEST)/.heed: %/.heed: dist/.built %/.packages
-	$*/bin/python $(PIP) --no-deps --force-reinstall dist/heed-*.whl
+$(VENV)/.heed $(OLDEST)/.heed: %/.heed: build/wheel/.built %/.packages
+	$*/bin/python $(PIP) --no-deps --force-reinstall build/wheel/heed-*.whl
 	@rm -f $*/.heed-here
 	@touch $@
 

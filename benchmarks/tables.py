@@ -106,6 +106,23 @@ def serving_table(data: dict) -> str:
     return "\n".join(lines)
 
 
+def tests_table(data: dict) -> str:
+    """One line per recorded test run."""
+    head = ["run", "Python", "PyTorch", "Transformers", "system", "kernels", "passed", "skipped"]
+    lines = [f"| {' | '.join([*head, 'recorded'])} |", "|---" * (len(head) + 1) + "|"]
+    for run in data["runs"].values():
+        system = [run["os"], f"glibc {run['glibc']}", run["processor"]]
+        system += [f"{name} {run[name]}" for name in ("nvcc", "cuda", "gpu") if name in run]
+        kernels = [run["kernels"], ", ".join(run["gpu_kernels"]) or "no CUDA kernels"]
+        row = [f"`{run['command']}`", run["python"], run["torch"], run["transformers"]]
+        row += [", ".join(system), "; ".join(kernels)]
+        row += [", ".join(f"{part['passed']} {part['kind']}" for part in run["parts"])]
+        row += [str(sum(part["skipped"] for part in run["parts"]))]
+        row += [f"{run['date']}, `{run['commit']}`"]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def gpu_caption(m: dict) -> str:
     return (
         f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, cuDNN {m['cudnn']}, {m['date']}, "
@@ -238,6 +255,8 @@ PASSES += ["backward", "backward_compact"]
 def table_of(data: dict, part: str) -> str:
     if "smem_bytes" in data:
         return cuda_build_table(data, part)
+    if "runs" in data:
+        return tests_table(data)
     if "kernels" in data:
         return support_table(data)
     if "passes" in data:

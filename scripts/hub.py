@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes a wheel of heed as a repository that the `kernels` package loads.
 
-    scripts/hub.py dist/heed-0.1.0-cp310-abi3-linux_x86_64.whl build/hub --cuda 13.0 --archs all
+    scripts/hub.py build/wheel/heed-0.1.0-cp310-abi3-linux_x86_64.whl build/hub --cuda 13.0
 
 Each variant is the wheel, unpacked, between an __init__.py and a metadata.json.
 """

@@ -109,10 +109,12 @@ typedef struct heed_score {
   { 0, 0.0f, 0.0f }
 
 /* Where each batch entry's tokens are, in arrays on the device that runs the kernel. A CPU refuses
- * a bad value by name; a GPU clamps it. dense    all NULL: entry b owns row b of the tensor. packed
- * cu_seqlens: entry b owns tokens [cu_seqlens[b], cu_seqlens[b + 1]) of a rank 3 tensor. padded
- * start: entry b's tokens begin at slot start[b] of row b. seqused  on top of any: the entry has
- * seqused[b] tokens from its first one on. */
+ * a bad value by name; a GPU clamps it.
+ *
+ *   dense    all NULL: entry b owns row b of the tensor.
+ *   packed   cu_seqlens: entry b owns tokens [cu_seqlens[b], cu_seqlens[b + 1]) of a rank 3 tensor.
+ *   padded   start: entry b's tokens begin at slot start[b] of row b.
+ *   seqused  on top of any: the entry has seqused[b] tokens from its first one on. */
 typedef struct heed_sequences {
   int64_t batch;               /* entries; needed when q is packed, else 0 or q's */
   const int32_t* cu_seqlens_q; /* [batch + 1], tokens, ascending */

@@ -44,8 +44,6 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention of every query row over the keys that it sees.
 
-    .. code-block:: text
-
         S = scale * q kᵀ;  S = softcap * tanh(S / softcap) if softcap > 0;  S += bias
         P = softmax of S over the visible keys (and the sink);  out = dropout(P) v
 

@@ -1,10 +1,10 @@
 // heed's own thread pool: workers that sleep between calls, and a caller that works along.
 #include "cpu/executor.hpp"
 
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <condition_variable>
 #include <cstdlib>
 #include <mutex>
 #include <thread>
@@ -20,6 +20,25 @@ int default_threads() {
   }
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
+
+// std::condition_variable::wait, compiled by GCC 12, is the one symbol that libstdc++ 11 lacks.
+class Signal {
+ public:
+  Signal() = default;
+  Signal(const Signal&) = delete;
+  Signal& operator=(const Signal&) = delete;
+  ~Signal() { pthread_cond_destroy(&condition_); }
+
+  template <class Predicate>
+  void wait(std::unique_lock<std::mutex>& lock, const Predicate& until) {
+    while (!until()) pthread_cond_wait(&condition_, lock.mutex()->native_handle());
+  }
+  void notify_one() { pthread_cond_signal(&condition_); }
+  void notify_all() { pthread_cond_broadcast(&condition_); }
+
+ private:
+  pthread_cond_t condition_ = PTHREAD_COND_INITIALIZER;
+};
 
 class Pool final : public Executor {
  public:
@@ -95,7 +114,7 @@ class Pool final : public Executor {
   std::vector<std::thread> threads_;
   std::mutex in_use_;
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  Signal wake_, done_;
   bool stop_ = false;
   void (*body_)(void*, int) = nullptr;
   void* context_ = nullptr;

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -522,13 +520,6 @@ def test_compiled_dropout(ran: Counter) -> None:
 
 
 # ---- activating and restoring ----
-
-
-def test_the_example_of_the_documents(capsys) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "sdpa.md").read_text()
-    code, printed = re.search(r"```python\n(.*?)```\n+```\n(.*?)```", page, re.S).groups()
-    exec(code, {})
-    assert capsys.readouterr().out == printed
 
 
 def registry_restore() -> None:

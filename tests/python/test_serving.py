@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -215,18 +213,6 @@ def test_cuda_graphs(name, use_async):
 def test_other_models_keep_their_attention():
     """The wrapped functions of Transformers do nothing to a model that is not heed's."""
     assert_same(serve("llama", "sdpa", PROMPTS[:2]), expected("llama", 0, 2))
-
-
-def test_example_of_the_documentation():
-    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    names = {}
-    try:
-        exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
-    except TypeError as error:  # an argument that older releases do not have
-        pytest.skip(str(error))
-    except MemoryError as error:
-        pytest.skip(f"this Transformers needs psutil on a CPU: {error}")
-    assert [len(tokens) for tokens in names["tokens"]] == [8, 8, 8]
 
 
 # ---- what is refused ----
