@@ -1,19 +1,16 @@
-"""One process of models that are spread over several: python parallel.py DEVICE RANK SIZE FOLDER.
+"""One of two processes that share a model: python parallel.py DEVICE RANK SIZE FOLDER ENGINE.
 
-Every case compares a step of training, and often generation, with the same in a single process.
-FOLDER/RANK.json says for each case null, or why it failed; cases that need a package or a release
-that is not there are missing.
+Every case of an engine (fsdp, tp, ulysses) compares a step of training, and generation where the
+engine generates, with the same in a single process. It fails where they differ, at the first case.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,7 +25,7 @@ import heed.transformers
 import ulysses
 from models import MODELS, build, padding_mask, tokens
 
-WIDTH, SEQLEN = 2, 24
+SEQLEN = 24
 HEADS, KEY_HEADS = 4, 2
 RELEASE = Version(transformers.__version__)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
@@ -53,9 +50,8 @@ class World:
     dtype: torch.dtype
 
 
-def model_of(name: str, **changes):
-    model = build(MODELS[name], "heed", dtype=World.dtype, device=World.device, **changes)
-    return model
+def model_of(name: str):
+    return build(MODELS[name], "heed", dtype=World.dtype, device=World.device)
 
 
 def documents(*lengths: int) -> Tensor:
@@ -70,9 +66,8 @@ def weights(batch: int, seqlen: int) -> Tensor:
 
 
 def train(model, weight: Tensor, **inputs) -> Tensor:
-    """The loss, whose gradients the parameters have afterwards."""
+    """The loss, whose gradients are added to those that the parameters have."""
     model.train()
-    model.zero_grad()
     loss = (model(**inputs).logits * weight).sum(dtype=torch.float32)
     loss.backward()
     model.eval()
@@ -103,8 +98,8 @@ def watched() -> Iterator[set]:
         heed.transformers.attention = original
 
 
-def assert_close(got: Tensor, want: Tensor, what: str) -> None:
-    error, largest = (got.float() - want.float()).abs().amax(), max(1.0, want.abs().amax())
+def assert_close(got: Tensor, want: Tensor, what: str, scale: float = 1.0) -> None:
+    error, largest = (got.float() - want.float()).abs().amax(), max(scale, want.abs().amax())
     assert error <= TOLERANCE[World.dtype] * largest, f"{what}: {error:.1e} of {largest:.1e}"
 
 
@@ -143,20 +138,14 @@ def data_parallel(name: str, steps: list[dict], generates: bool = True) -> None:
     seqlen = steps[0]["input_ids"].shape[1]
     weight = weights(World.size, seqlen)
     reference, model = model_of(name), sharded(model_of(name))
-    losses, total = [], None
+    losses = []
     for index, inputs in enumerate(steps):
         losses.append(train(reference, weight[index : index + 1], **inputs))
-        grads = [None if p.grad is None else p.grad.clone() for p in reference.parameters()]
-        total = (
-            grads if total is None else [a if b is None else a + b for a, b in zip(total, grads)]
-        )
-    for parameter, gradient in zip(reference.parameters(), total, strict=True):
-        parameter.grad = gradient
     own = steps[World.rank]
     with watched() as seen:
         loss = train(model, weight[World.rank : World.rank + 1], **own)
     assert {call[:2] for call in seen} == {(HEADS, KEY_HEADS)}
-    assert_close(loss, losses[World.rank], "loss")
+    assert_close(loss, losses[World.rank], "loss", scale=weight[0].numel() ** 0.5)
     assert_same_gradients(model, reference, scale=World.size)  # FSDP takes the mean
     if generates:
         mask = own.get("attention_mask")
@@ -164,13 +153,9 @@ def data_parallel(name: str, steps: list[dict], generates: bool = True) -> None:
         assert_same_tokens(decode(model, own["input_ids"], mask), want)
 
 
-def one_row_each(**more: Tensor | None) -> list[dict]:
-    ids = tokens(batch=World.size, seqlen=SEQLEN)
-    more = {name: x for name, x in more.items() if x is not None}
-    return [
-        {"input_ids": ids[i : i + 1], **{name: x[i : i + 1] for name, x in more.items()}}
-        for i in range(World.size)
-    ]
+def one_row_each(**inputs: Tensor) -> list[dict]:
+    inputs["input_ids"] = tokens(World.size, SEQLEN)
+    return [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(World.size)]
 
 
 @case()
@@ -180,31 +165,26 @@ def fsdp_dense() -> None:
 
 @case()
 def fsdp_packed() -> None:
-    ids = torch.cat((documents(9, 4, 11), documents(3, 21)))[: World.size]
-    ids = torch.cat([ids] * (World.size // 2))
-    data_parallel("llama", one_row_each(position_ids=ids), generates=False)
+    position_ids = torch.cat((documents(9, 4, 11), documents(3, 21)))
+    data_parallel("llama", one_row_each(position_ids=position_ids), generates=False)
 
 
 @case(RELEASE >= Version("4.55"))
 def fsdp_sinks() -> None:
-    data_parallel("gpt_oss", one_row_each())
+    # 5.0 looks for the source of the class that fully_shard made, and generate() fails.
+    generates = not Version("5.0") <= RELEASE < Version("5.4")
+    data_parallel("gpt_oss", one_row_each(), generates)
 
 
 @case()
 def fsdp_rows_of_other_lengths() -> None:
     """No collective of a step sees the lengths, so processes need not agree on them."""
     steps = one_row_each()
-    steps[1] = {"input_ids": steps[1]["input_ids"]}
     reference, model = model_of("llama"), sharded(model_of("llama"))
     lengths = [SEQLEN - 7 * index for index in range(World.size)]
     weight = weights(1, SEQLEN)
-    total = None
     for index, length in enumerate(lengths):
         train(reference, weight[:, :length], input_ids=steps[index]["input_ids"][:, :length])
-        grads = [p.grad.clone() for p in reference.parameters()]
-        total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
-    for parameter, gradient in zip(reference.parameters(), total, strict=True):
-        parameter.grad = gradient
     own = lengths[World.rank]
     train(model, weight[:, :own], input_ids=steps[World.rank]["input_ids"][:, :own])
     assert_same_gradients(model, reference, scale=World.size)
@@ -221,29 +201,40 @@ def saved(name: str, reference) -> Path:
     return folder
 
 
-def tensor_parallel(name: str, reference, plan, heads: tuple, gradients: bool = True) -> None:
-    """`heads` of query, keys and sinks that a process has."""
+def loaded(reference, plan, folder: str):
+    """`reference`, with the layers that `plan` names spread over the processes."""
     options = {"tp_plan": plan}
-    if RELEASE >= Version("5.20"):
-        options = {"distributed_config": transformers.distributed.DistributedConfig(tp_plan=plan)}
-    if World.device == "cpu" and RELEASE < Version("5.0"):
-        options["device_mesh"] = dist.init_device_mesh("cpu", (World.size,))
-    model = getattr(transformers, type(reference).__name__).from_pretrained(
-        saved(name, reference), attn_implementation="heed", dtype=World.dtype, **options
+    if hasattr(transformers, "distributed"):
+        config = transformers.distributed.DistributedConfig
+        if "tp_plan" in config.__dataclass_fields__:  # since Transformers 5.15 at the latest
+            options = {"distributed_config": config(tp_plan=plan, tp_size=World.size)}
+    options["dtype" if RELEASE >= Version("4.56") else "torch_dtype"] = World.dtype
+    return getattr(transformers, type(reference).__name__).from_pretrained(
+        saved(folder, reference), attn_implementation="heed", **options
     )
+
+
+def tensor_parallel(name: str, reference, plan, heads: tuple, trains: bool = True) -> None:
+    """`heads` of query, keys and sinks that a process has."""
+    model = loaded(reference, plan, name)
     ids = tokens(seqlen=SEQLEN)
     padded = {"input_ids": ids, "attention_mask": padding_mask("left", seqlen=SEQLEN)}
     packed = {"input_ids": ids[:1], "position_ids": documents(9, 4, 11)}
-    for inputs in (padded, packed, {"input_ids": ids}):
+    for inputs in (padded, packed, {"input_ids": ids}) if trains else ():
         weight = weights(inputs["input_ids"].shape[0], SEQLEN)
+        model.zero_grad()
+        reference.zero_grad()
         want = train(reference, weight, **inputs)
         with watched() as seen:
             got = train(model, weight, **inputs)
         assert seen == {heads}, f"{seen} heads of query, keys and sinks, not {heads}"
-        assert_close(got, want, "loss")
+        assert_close(got, want, "loss", scale=weight.numel() ** 0.5)
         assert_same_gradients(model, reference, plain_is_local=True)
     for mask in (None, padded["attention_mask"]):
-        assert_same_tokens(decode(model, ids, mask), decode(reference, ids, mask))
+        with watched() as seen:
+            got = decode(model, ids, mask)
+        assert seen == {heads}, f"{seen} heads of query, keys and sinks, not {heads}"
+        assert_same_tokens(got, decode(reference, ids, mask))
 
 
 @case()
@@ -265,10 +256,11 @@ def tp_sinks_of_a_plan() -> None:
     tensor_parallel("gpt_oss", model_of("gpt_oss"), plan_with("colwise"), heads)
 
 
-@case(Version("4.55") <= RELEASE < Version("5.4"))
+@case(Version("4.55") <= RELEASE < Version("5.0"))
 def tp_sinks() -> None:
+    """These releases cannot train what they shard by rows and has a bias."""
     heads = (HEADS // World.size, KEY_HEADS // World.size, HEADS // World.size)
-    tensor_parallel("gpt_oss", model_of("gpt_oss"), "auto", heads)
+    tensor_parallel("gpt_oss", model_of("gpt_oss"), "auto", heads, trains=False)
 
 
 @case(RELEASE >= Version("5.4"))
@@ -301,21 +293,12 @@ def tp_sinks_as_local_parameters() -> None:
 @case(RELEASE >= Version("5.20"))
 def tp_sinks_of_all_heads_are_refused() -> None:
     reference = model_of("gpt_oss")
-    options = {
-        "distributed_config": transformers.distributed.DistributedConfig(tp_plan=plan_with(None))
-    }
-    model = type(reference).from_pretrained(
-        saved("refused", reference), attn_implementation="heed", dtype=World.dtype, **options
-    )
+    model = loaded(reference, plan_with(None), "refused")
     sentence = f"s_aux.shape = [{HEADS}] must be [{HEADS // World.size}], one sink for each head"
     refused(ValueError, sentence, lambda: model(tokens(seqlen=SEQLEN)))
 
 
 # ---- DeepSpeed's Ulysses: each process has its own tokens, and in attention its own heads ----
-
-
-def positions(*rows: Tensor) -> Tensor:
-    return torch.cat(rows).to(World.device)
 
 
 def sequence_parallel(name: str, position_ids: Tensor, mask: Tensor | None = None) -> None:
@@ -340,14 +323,14 @@ def sequence_parallel(name: str, position_ids: Tensor, mask: Tensor | None = Non
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
     dist.all_reduce(got)
-    assert_close(got, want, "loss")
+    assert_close(got, want, "loss", scale=weight.numel() ** 0.5)
     assert_same_gradients(model, reference)
 
 
-# The third document of 24 tokens crosses from one process to the other.
+# The last of three documents crosses from one process to the other.
 @case()
 def ulysses_dense() -> None:
-    sequence_parallel("llama", positions(documents(SEQLEN), documents(SEQLEN)))
+    sequence_parallel("llama", documents(SEQLEN).expand(2, -1))
 
 
 @case()
@@ -355,19 +338,19 @@ def ulysses_packed() -> None:
     sequence_parallel("llama", documents(9, 1, 14))
 
 
-@case()
+@case(RELEASE > Version("4.53.0"))  # which lets the documents of several rows see each other
 def ulysses_packed_rows() -> None:
-    sequence_parallel("llama", positions(documents(9, 1, 14), documents(12, 12)))
+    sequence_parallel("llama", torch.cat((documents(9, 1, 14), documents(12, 12))))
 
 
 @case()
 def ulysses_window() -> None:
-    sequence_parallel("mistral", positions(documents(SEQLEN), documents(SEQLEN)))
+    sequence_parallel("mistral", documents(SEQLEN).expand(2, -1))
 
 
 @case(RELEASE >= Version("4.55"))
 def ulysses_sinks() -> None:
-    sequence_parallel("gpt_oss", positions(documents(9, 1, 14), documents(24)))
+    sequence_parallel("gpt_oss", documents(9, 1, 14))
 
 
 @case()
@@ -389,13 +372,14 @@ def refused(error: type[Exception], sentence: str, call: Callable) -> None:
 @case()
 def ulysses_refusals() -> None:
     ids = tokens(seqlen=SEQLEN)
-    inputs = {"input_ids": ids, "position_ids": positions(*[documents(SEQLEN)] * 2)}
+    inputs = {"input_ids": ids, "position_ids": documents(SEQLEN).expand(2, -1)}
     model = model_of("llama4_text")
     with ulysses.registered(model, 2):
         refused(NotImplementedError, "with DeepSpeed's Ulysses", lambda: model(**inputs))
         other = model_of("llama")
         cache = transformers.DynamicCache()
-        cache.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
+        past = torch.zeros(2, KEY_HEADS, 3, 8, dtype=World.dtype, device=World.device)
+        cache.update(past, past, 0)
         call = lambda: other(**inputs, past_key_values=cache)  # noqa: E731
         refused(NotImplementedError, "24 queries of 27 keys are not supported", call)
         if RELEASE >= Version("5.0"):
@@ -404,7 +388,7 @@ def ulysses_refusals() -> None:
             refused(NotImplementedError, "(bidirectional_mask_function with an", call)
 
 
-def main(device: str, rank: int, size: int, folder: Path) -> None:
+def main(device: str, rank: int, size: int, folder: Path, engine: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     World.device, World.rank, World.size, World.folder = device, rank, size, folder
     World.dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -416,22 +400,18 @@ def main(device: str, rank: int, size: int, folder: Path) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=60),
     )
-    results = {}
-    only = os.environ.get("HEED_TEST_CASES", "")
     for name, function in CASES.items():
-        if only not in name:
-            continue
-        try:
-            function()
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-        (folder / f"{rank}.json").write_text(json.dumps(results))
-    sys.stdout.flush()
+        if name.startswith(engine):
+            print(name, flush=True)
+            try:
+                function()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)  # the other process waits for this one
+    dist.barrier()
     os._exit(0)  # Gloo's threads sometimes terminate the process in an orderly end (PyTorch 2.10)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])

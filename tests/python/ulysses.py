@@ -55,7 +55,8 @@ def _stand_in() -> None:
     core, size = ALL_ATTENTION_FUNCTIONS["heed"], dist.get_world_size()
 
     def exchange(x: Tensor) -> Tensor:
-        return all_to_all_single(torch.empty_like(x), x.contiguous())
+        x = x.contiguous()
+        return all_to_all_single(torch.empty_like(x), x)
 
     def attend(module, query, key, value, attention_mask, **options):
         ids = [torch.empty_like(options["position_ids"]) for _ in range(size)]
