@@ -279,7 +279,9 @@ def tp_sinks_as_local_parameters() -> None:
     ).split()
     torch.manual_seed(0)
     model = transformers.GraniteSWAForCausalLM._from_config(
-        transformers.GraniteSWAConfig(**{name: config[name] for name in names}),
+        transformers.GraniteSWAConfig(
+            **{name: config[name] for name in names}, tie_word_embeddings=False
+        ),
         attn_implementation="heed",
     )
     with torch.no_grad():
