@@ -33,6 +33,7 @@ record = $(if $(RECORD),$(1)/bin/python scripts/record_tests.py $(2) --command "
   $(addprefix $(REPORTS)/,$(4)) && $(1)/bin/python benchmarks/tables.py)
 
 .PHONY: help demo test test-cpp test-python test-oldest wheel hub test-gpu test-gpu-cpp test-gpu-python \
+  test-multi-gpu bench-multi-gpu \
   sanitize-gpu asan test-aarch64 bench bench-gpu finetune docs clean distclean build-ci gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
@@ -74,6 +75,9 @@ test-gpu-cpp: gpu build-ci  ## tile operations, and every GPU kernel against the
 test-gpu-python: gpu $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## PyTorch, Transformers and flash_api on the GPU
 	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest $(call pytest_report,gpu-python.xml) tests/python tests/gpu
 
+test-multi-gpu: gpu $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## two GPUs train and generate as one; skipped where there is one
+	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest -rs tests/gpu/test_multi_gpu.py
+
 sanitize-gpu: gpu build-ci  ## a few GPU tests under compute-sanitizer; TOOL=racecheck takes another of its tools
 	@command -v compute-sanitizer >/dev/null || \
 	  { echo "make sanitize-gpu needs compute-sanitizer, which a full CUDA installation has" >&2; exit 1; }
@@ -102,6 +106,9 @@ bench-gpu: gpu $(VENV)/.heed  ## measure the GPU kernels and a Llama beside PyTo
 	$(VENV)/bin/python benchmarks/cuda/kernels.py --save
 	$(VENV)/bin/python benchmarks/cuda/models.py --save
 	$(VENV)/bin/python benchmarks/tables.py
+
+bench-multi-gpu: gpu $(VENV)/.heed  ## measure attention by context parallelism on one GPU and on several
+	$(VENV)/bin/python benchmarks/cuda/scaling.py --save
 
 finetune: $(HERE) $(VENV)/.model  ## fine-tune a small BERT and a small Llama with eager and heed
 	$(VENV)/bin/python examples/05_finetune.py

@@ -84,14 +84,14 @@ def slot_interval(
 
 
 def restarting_documents(mask: Tensor | None, seqlen_q: int, position_ids: Tensor) -> Tensor:
-    """Mask int32 [1, 1, rows, 2] of documents, in `mask`.
+    """Mask int32 [batch, 1, rows, 2] of documents, in `mask`; of several rows only without one.
 
     They start at the lowest position and where positions go back, but not where one repeats, which
     those of image tokens do. A row that has padding is one document, as in FlashAttention's path.
     """
-    position_ids = position_ids.reshape(1, seqlen_q)
+    position_ids = position_ids.reshape(-1, seqlen_q)
     goes_back = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) < 0
-    starts = (position_ids == position_ids.min()) | goes_back
+    starts = (position_ids == position_ids.amin(-1, keepdim=True)) | goes_back
     if mask is not None and mask.dtype == torch.int32:
         _, key_bits = decode(mask, seqlen_q, seqlen_q)
         if key_bits is not None:
@@ -113,7 +113,7 @@ def listed_documents(
 
 def _cut(mask: Tensor | None, documents: Interval) -> Tensor:
     if mask is None or mask.dtype != torch.int32:
-        return encode(documents, None, 1)
+        return encode(documents, None, documents[0].shape[0])
     rows, bits = mask.split((documents[0].shape[-1], mask.shape[2] - documents[0].shape[-1]), dim=2)
     seen = intersect(documents, rows[:, 0].unbind(-1))
     return torch.cat((encode(seen, None, 1), bits), dim=2)

@@ -30,6 +30,8 @@ if not Version(OLDEST) <= Version(transformers.__version__) < Version(BEYOND):
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
+from heed import _ulysses  # noqa: E402
+
 # Arguments that change the result and that heed does not compute, each with the way out.
 _EAGER = 'load the model with attn_implementation="eager"'
 _SDPA = 'load the model with attn_implementation="sdpa"'
@@ -76,8 +78,10 @@ def attention_forward(
     """
     if kwargs:
         _refuse(kwargs)
-    batch, _, seqlen_q, _ = query.shape
+    batch, heads, seqlen_q, _ = query.shape
     seqlen_k = key.shape[2]
+    if s_aux is not None:
+        s_aux = _ulysses.local_sink(s_aux, heads)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     left = right = intervals = None
     bias = position_bias
@@ -120,10 +124,10 @@ def attention_forward(
         )
     elif (  # where FlashAttention's path in Transformers takes restarting positions for documents
         position_ids is not None
-        and batch == 1
         and 1 < seqlen_q == seqlen_k
         and position_ids.ndim <= 2
-        and position_ids.numel() == seqlen_q
+        and position_ids.numel() in (seqlen_q, batch * seqlen_q)
+        and (batch == 1 or (attention_mask is None and _ulysses.is_active()))
         and _is_own(attention_mask)
     ):
         intervals = _once_per_forward(
@@ -183,6 +187,8 @@ def paged_attention_forward(
         if given is not None:
             raise NotImplementedError(f'{name} is not supported by "paged|heed": {_PAGED_EAGER}')
     _refuse(kwargs)
+    if s_aux is not None:
+        s_aux = _ulysses.local_sink(s_aux, query.shape[1])
     own = _paged_cache.layer_cache(cache, module.layer_idx)
     step = _paged_cache.Step(
         cu_seq_lens_q,
@@ -281,6 +287,8 @@ def key_interval_mask(
     `mask_function` is not known, or None where `is_causal` of the layer says it all.
     """
     queries = _Queries(**call)
+    if _ulysses.is_active():
+        _ulysses.check_mask(mask_function, queries.length, kv_length, attention_mask)
     may_skip = call.get("allow_is_causal_skip", True) or call.get("allow_is_bidirectional_skip")
     name, _ = _masks.name_and_closure(mask_function)
     causal, bidirectional = name == "causal_mask_function", name == "bidirectional_mask_function"

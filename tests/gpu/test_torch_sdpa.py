@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from torch.nn.attention.bias import causal_lower_right
 import heed
 from heed import sdpa
 from sdpa_cases import assert_close, count_calls, exact, inputs, results
-from test_ring import run_ring
 
 
 @pytest.fixture
@@ -225,9 +223,3 @@ def test_deterministic_gradients(deterministic) -> None:
             qkv, options = inputs(name, torch.bfloat16)
             first, second = results(qkv, options), results(qkv, options)
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_two_gpus_train_as_one(tmp_path: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    run_ring("cuda", 2, tmp_path / "store")

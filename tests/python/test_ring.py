@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from device import cpu_only
+from processes import run_together
 
 WORKER = Path(__file__).with_name("ring.py")
 
 
 def run_ring(device: str, size: int, store: Path) -> None:
-    command = [sys.executable, str(WORKER), device]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(store)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * size, "\n".join(outputs)
+    run_together(WORKER, device, size, store)
 
 
 @cpu_only("tests/gpu has the same on GPUs")
