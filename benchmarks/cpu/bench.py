@@ -1,4 +1,4 @@
-"""Times heed beside torch's scaled_dot_product_attention on this CPU, interleaved in one process."""
+"""Times heed beside torch's scaled_dot_product_attention on this CPU, in turns in one process."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ class Cell:
         return self.torch_ms / self.heed_ms
 
 
-def interleaved(a: Callable[[], object], b: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """Medians in ms of two functions called in turn for about `seconds`, at least seven times each."""
+def interleaved(
+    a: Callable[[], object], b: Callable[[], object], seconds: float
+) -> tuple[float, float]:
+    """Medians in ms of two functions called in turn for about `seconds`, at least seven times."""
     times: tuple[list[float], list[float]] = ([], [])
     for f in (a, b):
         f()
@@ -55,7 +57,9 @@ def interleaved(a: Callable[[], object], b: Callable[[], object], seconds: float
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def tensors(batch: int, seqlen: int, heads: int, dim: int, dtype: torch.dtype, n: int = 3) -> list[torch.Tensor]:
+def tensors(
+    batch: int, seqlen: int, heads: int, dim: int, dtype: torch.dtype, n: int = 3
+) -> list[torch.Tensor]:
     """n tensors [batch, seqlen, heads, dim], as a model's projections leave them."""
     return [torch.randn(batch, seqlen, heads, dim, dtype=dtype) for _ in range(n)]
 
@@ -118,9 +122,13 @@ def decode(dtype: str, heads_first: bool, seconds: float) -> list[Cell]:
 
     heads_first: a cache in memory as [batch, heads, seqlen, dim], as Transformers keeps it.
     """
-    caches = [tensors(1, 8192, 8, 128, DTYPES[dtype], 2) for _ in range(4 if dtype == "fp32" else 8)]
+    caches = [
+        tensors(1, 8192, 8, 128, DTYPES[dtype], 2) for _ in range(4 if dtype == "fp32" else 8)
+    ]
     if heads_first:
-        caches = [[x.transpose(1, 2).contiguous().transpose(1, 2) for x in cache] for cache in caches]
+        caches = [
+            [x.transpose(1, 2).contiguous().transpose(1, 2) for x in cache] for cache in caches
+        ]
     q = torch.randn(1, 1, 32, 128, dtype=DTYPES[dtype])
     turn = {"ours": 0, "theirs": 0}
 
@@ -137,13 +145,25 @@ def decode(dtype: str, heads_first: bool, seconds: float) -> list[Cell]:
     bytes_read = 2 * 8192 * 8 * 128 * q.element_size()
     flops = 4 * 32 * 8192 * 128
     layout = "heads first" if heads_first else "tokens first"
-    return [Cell("decode", f"1 x 8192 H32/8 D128 {layout}", dtype, a, b, flops / a * 1e-6, bytes_read / a * 1e-6)]
+    return [
+        Cell(
+            "decode",
+            f"1 x 8192 H32/8 D128 {layout}",
+            dtype,
+            a,
+            b,
+            flops / a * 1e-6,
+            bytes_read / a * 1e-6,
+        )
+    ]
 
 
 def machine() -> dict[str, str]:
     """What a reader must know about where the numbers come from."""
     model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []:
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    ):
         if line.startswith("model name"):
             model = line.split(":", 1)[1].strip()
             break
@@ -177,19 +197,23 @@ def main() -> None:
     torch.manual_seed(0)
 
     cells: list[Cell] = []
-    print(f"{'work':9} {'shape':32} {'dtype':5} {'heed ms':>9} {'torch ms':>9} {'ratio':>6} {'GFLOP/s':>8}")
+    head = f"{'work':9} {'shape':32} {'dtype':5} {'heed ms':>9} {'torch ms':>9} {'ratio':>6}"
+    print(f"{head} {'GFLOP/s':>8}")
     for dtype in DTYPES:
         runs: list[Callable[[], list[Cell]]] = []
         if args.only in (None, "dense"):
             runs += [
-                lambda d=d, c=c: dense(dtype, d, c, args.seconds)  # type: ignore[misc]
+                lambda t=dtype, d=d, c=c: dense(t, d, c, args.seconds)  # type: ignore[misc]
                 for d in (64, 128)
                 for c in (False, True)
             ]
         if args.only in (None, "padded"):
-            runs.append(lambda: padded(dtype, args.seconds))
+            runs.append(lambda t=dtype: padded(t, args.seconds))  # type: ignore[misc]
         if args.only in (None, "decode"):
-            runs += [lambda h=h: decode(dtype, h, args.seconds) for h in (True, False)]  # type: ignore[misc]
+            runs += [
+                lambda t=dtype, h=h: decode(t, h, args.seconds)  # type: ignore[misc]
+                for h in (True, False)
+            ]
         for run in runs:
             for cell in run():
                 cells.append(cell)
@@ -199,7 +223,8 @@ def main() -> None:
                     flush=True,
                 )
     for work in dict.fromkeys(cell.work for cell in cells):
-        print(f"{work}: geometric mean {geomean([c.ratio for c in cells if c.work == work]):.2f}x torch")
+        mean = geomean([c.ratio for c in cells if c.work == work])
+        print(f"{work}: geometric mean {mean:.2f}x torch")
     if args.save:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{args.save}.json"
