@@ -49,12 +49,22 @@ def speed_table(data: dict) -> str:
         for c in data["cells"]
     ]
     m = data["machine"]
-    lines += [
-        "",
-        f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`, torch {m['torch']}, "
-        f"{m['date']}, commit `{m['commit']}`: `{m['command']}`",
+    where = f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`"
+    return "\n".join([*lines, "", caption(m, where)])
+
+
+def caption(m: dict, where: str) -> str:
+    """Machine and software, date, commit and command."""
+    software = [
+        f"{name} {m[key]}"
+        for name, key in (("torch", "torch"), ("Transformers", "transformers"), ("cuDNN", "cudnn"))
+        if key in m
     ]
-    return "\n".join(lines)
+    return f"{', '.join([where, *software, m['date']])}, commit `{m['commit']}`: `{m['command']}`"
+
+
+def gpu_caption(m: dict) -> str:
+    return caption(m, f"{m['gpu']}, driver {m['driver']}")
 
 
 def model_table(data: dict) -> str:
@@ -71,13 +81,7 @@ def model_table(data: dict) -> str:
         ]
         ratio = f"**{ms['sdpa'] / ms['heed']:.2f}x**" if ms["sdpa"] and ms["heed"] else "-"
         lines.append(f"| {' | '.join([cell['work'], cell['shape'], *times, ratio])} |")
-    m = data["machine"]
-    lines += [
-        "",
-        f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, Transformers {m['transformers']}, "
-        f"{m['date']}, commit `{m['commit']}`: `{m['command']}`",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", gpu_caption(data["machine"])])
 
 
 def serving_table(data: dict) -> str:
@@ -98,12 +102,7 @@ def serving_table(data: dict) -> str:
     m = data["machine"]
     threads = "1 thread" if m.get("threads") == "1" else f"{m.get('threads')} threads"
     where = m.get("gpu") or f"{m['cpu']}, {threads}, kernels `{m['kernels']}`"
-    lines += [
-        "",
-        f"{where}, torch {m['torch']}, Transformers {m['transformers']}, "
-        f"{m['date']}, commit `{m['commit']}`: `{m['command']}`",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", caption(m, where)])
 
 
 def tests_table(data: dict) -> str:
@@ -121,13 +120,6 @@ def tests_table(data: dict) -> str:
         row += [f"{run['date']}, `{run['commit']}`"]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
-
-
-def gpu_caption(m: dict) -> str:
-    return (
-        f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, cuDNN {m['cudnn']}, {m['date']}, "
-        f"commit `{m['commit']}`: `{m['command']}`"
-    )
 
 
 PEERS = {

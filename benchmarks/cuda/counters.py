@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import torch
-from kernels import BACKENDS, HIDDEN, ROOT, TOKENS, fa4, forward_call, randn, sdpa, works
+from kernels import HIDDEN, ROOT, TOKENS, forward_calls, randn, works
 from machine import machine
 
 # head_dim, seqlen, causal
@@ -47,13 +47,8 @@ def launch_all() -> None:
     """What ncu looks at: every case by every peer, once. What comes before is not looked at."""
     for d, seqlen, causal in CASES:
         q, k, v = (randn(TOKENS // seqlen, seqlen, HIDDEN // d, d) for _ in range(3))
-        calls = {"heed": forward_call(q, k, v, causal=causal)}
-        if "cudnn" in BACKENDS:
-            calls["cudnn"] = lambda q=q, k=k, v=v, c=causal: sdpa("cudnn", q, k, v, c)
-        if fa4 is not None:
-            calls["fa4"] = lambda q=q, k=k, v=v, c=causal: fa4(q, k, v, causal=c)
-        for peer, call in calls.items():
-            if works(call, peer):
+        for peer, call in forward_calls(q, k, v, causal).items():
+            if peer in KERNELS and works(call, peer):
                 torch.cuda.synchronize()
                 torch.cuda.profiler.start()
                 call()

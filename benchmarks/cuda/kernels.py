@@ -99,6 +99,15 @@ def forward_call(q: Tensor, k: Tensor, v: Tensor, **options) -> Callable:
     return lambda: heed.attention(q, k, v, **options)
 
 
+def forward_calls(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable]:
+    """Of heed, PyTorch's backends, and FlashAttention-4 where it is there and takes the problem."""
+    calls = {"heed": forward_call(q, k, v, causal=causal)}
+    calls |= {b: (lambda b=b: sdpa(b, q, k, v, causal)) for b in BACKENDS}
+    if fa4 is not None and works(lambda: fa4(q, k, v, causal=causal), f"FA4 at d{q.shape[-1]}"):
+        calls["fa4"] = lambda: fa4(q, k, v, causal=causal)
+    return calls
+
+
 def backward_call(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options) -> Callable:
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     out = heed.attention(*leaves, **options)
@@ -131,14 +140,7 @@ def dense(which: str, seqlens: tuple[int, ...], dims: tuple[int, ...]) -> list[d
                 q, k, v, dout = (randn(batch, seqlen, heads, d) for _ in range(4))
                 flops = 4.0 * batch * heads * seqlen * seqlen * d * (0.5 if causal else 1)
                 if which == "forward":
-                    calls = {"heed": forward_call(q, k, v, causal=causal)}
-                    calls |= {
-                        b: (lambda b=b, q=q, k=k, v=v, c=causal: sdpa(b, q, k, v, c))
-                        for b in BACKENDS
-                    }
-                    fa4_call = lambda q=q, k=k, v=v, c=causal: fa4(q, k, v, causal=c)  # noqa: E731
-                    if fa4 is not None and works(fa4_call, f"FA4 at d{d}"):
-                        calls["fa4"] = fa4_call
+                    calls = forward_calls(q, k, v, causal)
                     if not causal and seqlen >= 4096:
                         calls["cublas"] = matmul_call()
                 else:

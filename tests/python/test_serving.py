@@ -21,6 +21,8 @@ if Version(transformers.__version__) < Version("5.4.0"):
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cache as cb_cache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NEW = 12
 FULL, WINDOWED = ("llama", "qwen3", "paligemma"), ("mistral", "gemma3_text", "gemma3", "gpt_oss")
 FIELDS = {f.name for f in dataclasses.fields(ContinuousBatchingConfig)}
@@ -85,14 +87,6 @@ def assert_same(actual: list, wanted: list) -> None:
             assert abs(logprob - other_logprob) < 0.1
             if token != other:
                 break
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

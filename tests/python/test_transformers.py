@@ -21,6 +21,8 @@ from device import DEVICE, DTYPE, EXACT, cpu_only, moved, randn
 from generation import assert_same_tokens, cast, greedy, skip_impossible
 from models import BATCH, MODELS, SEQLEN, available, build, padding_mask, tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NEW_SIGNATURE = Version(transformers.__version__) >= Version("5.4.0")
 DECODERS = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "llama4_text", "gpt_oss")
 
@@ -79,15 +81,6 @@ def assert_as_exact_as_eager(actual: dict, eager: dict, exact: dict, relu: bool)
         assert error <= floor * scale + factor * eager_error, (
             f"{name}: {error:.2e} of {scale:.2e}, where eager's is {eager_error:.2e}"
         )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors as small as these are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
