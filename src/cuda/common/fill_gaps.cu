@@ -1,6 +1,7 @@
 // Results of tokens that belong to no entry: zeros, and -inf for lse.
 #include "cuda/common/fill_gaps.cuh"
 
+#include "core/layout.hpp"
 #include "core/softmax_state.hpp"
 #include "cuda/host/launch.hpp"
 
@@ -41,6 +42,7 @@ __device__ int find_entry(const Side& side, std::int64_t token) {
 struct GapTarget {
   TensorView tensor;
   float* lse;  // [batch, heads, rows]; nullptr: none
+  bool wide;   // is_wide(tensor)
 };
 
 // One warp per token.
@@ -61,11 +63,18 @@ __global__ void fill_gaps(const __grid_constant__ Side side,
     }
     auto* row =
         static_cast<std::uint16_t*>(x.data) + batch * x.batch_stride() + token * x.seqlen_stride();
-    for (std::int64_t head = 0; head < x.heads(); ++head) {
-      for (std::int64_t c = lane; c < x.head_dim(); c += 32) row[head * x.head_stride() + c] = 0;
-      if (target.lse != nullptr && lane == 0)
-        target.lse[(batch * x.heads() + head) * rows + token] = -kInfinity;
+    const int heads = static_cast<int>(x.heads()), channels = static_cast<int>(x.head_dim());
+    if (target.wide) {
+      const int chunks = channels / 8;
+      for (int c = lane; c < heads * chunks; c += 32)
+        *reinterpret_cast<uint4*>(row + c / chunks * x.head_stride() + c % chunks * 8) = {};
+    } else {
+      for (int head = 0; head < heads; ++head)
+        for (int c = lane; c < channels; c += 32) row[head * x.head_stride() + c] = 0;
     }
+    if (target.lse == nullptr) continue;
+    for (int head = lane; head < heads; head += 32)
+      target.lse[(batch * heads + head) * rows + token] = -kInfinity;
   }
 }
 
@@ -86,7 +95,7 @@ Status fill(const Side& side, const TensorView& tensor, float* lse, cudaStream_t
   if (tokens == 0 || tensor.heads() == 0 || !side.may_have_gaps()) return {};
   const std::int64_t blocks = clamp64((tokens + kWarps - 1) / kWarps, 1, kBlocks);
   return launch<fill_gaps>({.blocks = blocks, .threads = 32 * kWarps}, stream, side,
-                           GapTarget{tensor, lse});
+                           GapTarget{tensor, lse, is_wide(tensor)});
 }
 
 }  // namespace

@@ -75,7 +75,6 @@ struct BackwardConfig {
 struct BackwardParams {
   BackwardProblem problem;  // pointers are device pointers
   float scale;
-  int n_tiles;      // per entry
   ItemOrder order;  // items are key heads of all entries
   int group;
   cuda::QueryTiles tiles;

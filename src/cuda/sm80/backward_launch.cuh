@@ -118,7 +118,6 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
   const int n_tiles = static_cast<int>((max_seqlen_k(f) + C::tile.tile_n - 1) / C::tile.tile_n);
   const BackwardParams params{.problem = problem,
                               .scale = cuda::scale_of(f).value(),
-                              .n_tiles = n_tiles,
                               .order = {static_cast<int>(f.k.heads() * batch_entries(f)),
                                         backward_items_at_once(n_tiles), n_tiles},
                               .group = static_cast<int>(f.q.heads() / f.k.heads()),
@@ -142,7 +141,7 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
     return s;
   if (Status s = sum_dsink(b, memory.rows, queue.stream); !s.ok()) return s;
   if (Status s =
-          cuda::launch<backward<C>>({.blocks = params.n_tiles * f.k.heads() * batch_entries(f),
+          cuda::launch<backward<C>>({.blocks = n_tiles * f.k.heads() * batch_entries(f),
                                      .threads = C::kThreads,
                                      .smem_bytes = sizeof(typename C::Smem),
                                      .overlap = true},
