@@ -42,10 +42,10 @@ class Ring:
     stage: int = 0
     phase: int = 0
 
-    def advance(self) -> None:
-        self.stage += 1
-        if self.stage == self.stages:
-            self.stage, self.phase = 0, self.phase ^ 1
+    def advance(self, count: int = 1) -> None:
+        self.stage += count
+        if self.stage >= self.stages:
+            self.stage, self.phase = self.stage - self.stages, self.phase ^ 1
 
     def copy(self) -> Ring:
         return Ring(self.stages, self.stage, self.phase)
@@ -65,6 +65,7 @@ class Kernel:
     consumers: int
     stages: int
     slots: int
+    q_slots: int
     chained: bool
     counts: bool  # items are taken from a counter
     items: list[Item]
@@ -77,11 +78,11 @@ class Kernel:
         n = self.consumers
         self.work_full, self.work_soon = barriers(self.slots, 1), barriers(self.slots, 1)
         self.work_empty = barriers(self.slots, n + 1)
-        self.q_full, self.q_empty = barriers(n, 1), barriers(n, 1)
+        self.q_full, self.q_empty = barriers(self.q_slots, 1), barriers(self.q_slots, 1)
         self.k_full, self.v_full = barriers(self.stages, 1), barriers(self.stages, 1)
         self.k_empty, self.v_empty = barriers(self.stages, n), barriers(self.stages, n)
         self.work: list[Item] = [None] * self.slots
-        self.q: list = [None] * n
+        self.q: list = [None] * self.q_slots
         self.k: list = [None] * self.stages
         self.v: list = [None] * self.stages
         self.turn = [c == 0 for c in range(n)]
@@ -99,7 +100,7 @@ class Kernel:
             at.advance()
 
     def load(self) -> Step:
-        item, at, phase = Ring(self.slots), Ring(self.stages), 0
+        item, at, q_at = Ring(self.slots), Ring(self.stages), Ring(self.q_slots)
 
         def copy(to: list, full: list[Barrier], empty: list[Barrier], n: int) -> Step:
             yield from empty[at.stage].wait(at.phase ^ 1)
@@ -121,9 +122,10 @@ class Kernel:
             if n >= work.begin:
                 yield from copy(self.k, self.k_full, self.k_empty, n)
             for c in range(self.consumers):
-                yield from self.q_empty[c].wait(phase ^ 1)
-                self.q[c] = work.number
-                self.q_full[c].arrive()
+                yield from self.q_empty[q_at.stage].wait(q_at.phase ^ 1)
+                self.q[q_at.stage] = (work.number, c)
+                self.q_full[q_at.stage].arrive()
+                q_at.advance()
                 yield
             while n >= work.begin:
                 yield from copy(self.v, self.v_full, self.v_empty, n)
@@ -134,12 +136,11 @@ class Kernel:
                 if n >= work.begin:
                     yield from copy(self.k, self.k_full, self.k_empty, n)
             self.work_empty[item.stage].arrive()
-            phase ^= 1
             item.advance()
 
     def consume(self, index: int) -> Step:
         item, k_at, v_at = Ring(self.slots), Ring(self.stages), Ring(self.stages)
-        q_phase, most_between = 0, self.stages - 2
+        q_at, most_between = Ring(self.q_slots, index), self.stages - 2
 
         def take_turn() -> Step:
             while not self.turn[index]:
@@ -154,16 +155,16 @@ class Kernel:
         def begin_scores(work: Item, n: int) -> Step:
             yield from self.k_full[k_at.stage].wait(k_at.phase)
             yield from take_turn()
-            assert (self.k[k_at.stage], self.q[index]) == ((work.number, n), work.number)
+            assert self.k[k_at.stage] == (work.number, n)
+            assert self.q[q_at.stage] == (work.number, index)
 
         def end_scores() -> None:
             self.k_empty[k_at.stage].arrive()
             k_at.advance()
 
         def end_queries() -> None:
-            nonlocal q_phase
-            self.q_empty[index].arrive()
-            q_phase ^= 1
+            self.q_empty[q_at.stage].arrive()
+            q_at.advance(self.consumers)
 
         def begin_out(work: Item, n: int) -> Step:
             yield from self.v_full[v_at.stage].wait(v_at.phase)
@@ -234,7 +235,7 @@ class Kernel:
                     break
                 for _ in range(between):
                     yield from skip_keys()
-                yield from self.q_full[index].wait(q_phase)
+                yield from self.q_full[q_at.stage].wait(q_at.phase)
                 left = item.stage
                 item.stage, item.phase = after.stage, after.phase
                 yield from step(then, then.own[index][1] - 1, work, n, between)
@@ -250,7 +251,7 @@ class Kernel:
         yield from self.work_full[item.stage].wait(item.phase)
         while not self.work[item.stage].last:
             work = self.work[item.stage]
-            yield from self.q_full[index].wait(q_phase)
+            yield from self.q_full[q_at.stage].wait(q_at.phase)
             yield from skip(work.end - work.own[index][1])
             if work.own[index][0] < work.own[index][1]:
                 yield from attend()
@@ -291,14 +292,21 @@ def random_items(draw: random.Random, consumers: int, mask: str) -> list[Item]:
 
 @pytest.mark.parametrize("mask", ["causal", "documents", "any"])
 @pytest.mark.parametrize(
-    ("consumers", "stages", "slots", "chained"),
-    [(3, 3, 3, True), (2, 2, 3, True), (2, 2, 3, False), (2, 2, 2, False)],
+    ("consumers", "stages", "slots", "q_slots", "chained"),
+    [
+        (3, 3, 3, 3, True),
+        (2, 2, 3, 2, True),
+        (2, 2, 3, 2, False),
+        (2, 2, 2, 2, False),
+        (2, 2, 2, 3, False),
+    ],
 )
-def test_nobody_waits_for_ever(consumers, stages, slots, chained, mask) -> None:
+def test_nobody_waits_for_ever(consumers, stages, slots, q_slots, chained, mask) -> None:
     for seed in range(40):
         draw = random.Random(seed)
         items = random_items(draw, consumers, mask)
-        kernel = Kernel(consumers, stages, slots, chained, draw.random() < 0.7, items)
+        counts = draw.random() < 0.7
+        kernel = Kernel(consumers, stages, slots, q_slots, chained, counts, items)
         kernel.run(draw)
         assert kernel.done == {
             (item.number, c): list(range(end - 1, begin - 1, -1))

@@ -2,11 +2,12 @@
 //
 // One CTA per multiprocessor computes one item after another: tile_m query rows of one head. Its
 // first warpgroup brings what the others need, in two warps. The scheduler finds items: rows, the
-// limits of each, the tiles of keys that they see. The loader copies tiles of Q, K and V by TMA. The
-// other warpgroups consume: 64 rows each, both products by wgmma.
+// limits of each, the tiles of keys that they see. The loader copies tiles of Q, K and V by TMA.
+// The other warpgroups consume: 64 rows each, both products by wgmma.
 //
 //   loader     K(n)  Q  V(n)  K(n-1)  V(n-1)  K(n-2) ...                  K  Q  V of the next item
-//   consumer   S(n)  softmax | S(n-1)  O += P(n) V   | S(n-2)  O += P(n-1) V   | ...  S  O += P(0) V
+//   consumer   S(n)  softmax | S(n-1)  O += P(n) V   | S(n-2)  O += P(n-1) V   | ...  S  O += P(0)
+//   V
 //                            |         softmax S(n-1)|         softmax S(n-2)  |        softmax S
 //                            |                       |                         |            store O
 //
@@ -79,7 +80,8 @@ struct ForwardConfig {
   static constexpr int kSoon = 2;  // tiles of keys, before whose copies the next item is taken
 
   using Work = ForwardWork<tile.consumers>;
-  using QueryTile = tile::PanelTile<Element, kTileM, tile.head_dim>;
+  using QueryTile = tile::PanelTile<Element, 64 * tile.q_slots, tile.head_dim>;
+  static constexpr int kQueryBytes = QueryTile::kLoadBytes / tile.q_slots;  // of a slot
   using KeyTile = tile::PanelTile<Element, tile.tile_n, tile.head_dim>;
   using ValueTile = tile::PanelTile<Element, tile.tile_n, tile.head_dim_v>;
   using OutTile = tile::PanelTile<Element, kTileM, tile.head_dim_v>;
@@ -94,7 +96,7 @@ struct ForwardConfig {
     KeyTile k[tile.stages];
     ValueTile v[tile.stages];
     [[no_unique_address]] std::conditional_t<tile.own_out, OutTile, Nothing> out;
-    ptx::Barrier q_full[tile.consumers], q_empty[tile.consumers];
+    ptx::Barrier q_full[tile.q_slots], q_empty[tile.q_slots];
     ptx::Barrier k_full[tile.stages], k_empty[tile.stages];
     ptx::Barrier v_full[tile.stages], v_empty[tile.stages];
     ptx::Barrier work_full[kFound], work_soon[kFound], work_empty[kFound];
@@ -104,6 +106,7 @@ struct ForwardConfig {
   static constexpr int kItems = sizeof(SmemOf<3>) <= kMostSmem ? 3 : 2;  // found and not finished
   using Smem = SmemOf<kItems>;
   static_assert(tile.head_dim_v <= tile.head_dim && tile.tile_n % 16 == 0);
+  static_assert(tile.q_slots >= tile.consumers);
   static_assert(sizeof(Smem) <= kMostSmem, "the tile does not fit in shared memory");
 };
 
@@ -311,8 +314,9 @@ template <class C>
 __device__ __forceinline__ void load(const ForwardParams& p, typename C::Smem& smem) {
   tile::PipelineState<C::kItems> item;
   tile::PipelineState<C::tile.stages> at;
+  tile::PipelineState<C::tile.q_slots> q_at;
 #pragma unroll 1
-  for (int phase = 0;; phase ^= 1, item.advance()) {
+  for (;; item.advance()) {
     smem.work_full[item.stage].wait(item.phase);
     const typename C::Work& work = smem.work[item.stage];
     if (work.last) return;
@@ -330,9 +334,10 @@ __device__ __forceinline__ void load(const ForwardParams& p, typename C::Smem& s
     if (--n >= work.begin) load_k();
     if (tile::lane() == 0)
       for (int c = 0; c < C::tile.consumers; ++c) {
-        smem.q_empty[c].wait(phase ^ 1);
-        smem.q_full[c].arrive_and_expect(C::QueryTile::kLoadBytes / C::tile.consumers);
-        smem.q.load(64 * c, p.q, first_query(work, c), smem.q_full[c]);
+        smem.q_empty[q_at.stage].wait(q_at.phase ^ 1);
+        smem.q_full[q_at.stage].arrive_and_expect(C::kQueryBytes);
+        smem.q.load(64 * q_at.stage, p.q, first_query(work, c), smem.q_full[q_at.stage]);
+        q_at.advance();
       }
     __syncwarp();
 #pragma unroll 1
@@ -377,24 +382,26 @@ struct Consumer {
   using Work = typename C::Work;
   using Element = typename C::Element;
   static constexpr int kTileN = C::tile.tile_n;
+  static constexpr bool kOwnSlot = C::tile.q_slots == C::tile.consumers;  // of queries, always
 
   const ForwardParams& p;
   Smem& smem;
   int index;                 // among the consumers
   bool first_thread;         // of the warpgroup
-  tile::Descriptor q, k, v;  // of the consumer's queries and of stage 0
+  tile::Descriptor q, k, v;  // of the consumer's slot of queries, or slot 0, and of stage 0
   tile::PipelineState<C::tile.stages> k_at, v_at;
-  tile::PipelineState<C::kItems> item;  // at hand
-  int q_phase = 0;
+  tile::PipelineState<C::kItems> item;        // at hand
+  tile::PipelineState<C::tile.q_slots> q_at;  // the item's queries
 
   __device__ __forceinline__ Consumer(const ForwardParams& params, Smem& shared, int consumer)
       : p(params),
         smem(shared),
         index(consumer),
         first_thread(threadIdx.x % 128 == 0),
-        q(shared.q.by_rows(64 * consumer)),
+        q(shared.q.by_rows(kOwnSlot ? 64 * consumer : 0)),
         k(shared.k[0].by_rows()),
-        v(shared.v[0].by_columns()) {
+        v(shared.v[0].by_columns()),
+        q_at{kOwnSlot ? 0 : consumer, 0} {
     if (index == C::tile.consumers - 1) pass_turn();
   }
 
@@ -408,12 +415,15 @@ struct Consumer {
     return 64 * index + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
   }
 
+  __device__ __forceinline__ int q_slot() const { return kOwnSlot ? index : q_at.stage; }
+  __device__ __forceinline__ void wait_for_queries() { smem.q_full[q_slot()].wait(q_at.phase); }
   // S = Q K^T, by the next tile of keys.
   __device__ __forceinline__ void begin_scores(typename C::Scores& acc_s) {
     smem.k_full[k_at.stage].wait(k_at.phase);
     take_turn();
     tile::begin_matmul_nt<typename C::QueryTile, typename C::KeyTile>(
-        acc_s, q, k + k_at.stage * static_cast<int>(sizeof(typename C::KeyTile)));
+        acc_s, kOwnSlot ? q : q + q_at.stage * (64 * 128),
+        k + k_at.stage * static_cast<int>(sizeof(typename C::KeyTile)));
   }
   __device__ __forceinline__ void end_scores() {
     release(smem.k_empty[k_at.stage]);
@@ -421,8 +431,8 @@ struct Consumer {
   }
   // Behind the last scores of an item.
   __device__ __forceinline__ void end_queries() {
-    release(smem.q_empty[index]);
-    q_phase ^= 1;
+    release(smem.q_empty[q_slot()]);
+    q_at.template advance_by<C::tile.consumers>();
   }
   // O += P V
   __device__ __forceinline__ void begin_out(typename C::Out& acc_o,
@@ -528,7 +538,8 @@ struct Consumer {
     // The same in every lane, and the compiler knows it.
     return __shfl_sync(~0u, work.own[index].begin - work.begin, 0);
   }
-  // Of `next`, before those that the warpgroup sees; more than kMostBetween also where it sees none.
+  // Of `next`, before those that the warpgroup sees; more than kMostBetween also where it sees
+  // none.
   __device__ __forceinline__ int tiles_before(const Work& next) const {
     const TileRange tiles = next.own[index];
     const bool sees = !next.last && tiles.begin < tiles.end;
@@ -585,7 +596,7 @@ struct Consumer {
       tiles = smem.work[item.stage].own[index];
       n = tiles.end - 1;
       if (kMostBetween > 0 && between > 0) skip_keys();
-      smem.q_full[index].wait(q_phase);
+      wait_for_queries();
       begin_scores(acc_s);
       begin_out(acc_o, weights);
       pass_turn();
@@ -713,7 +724,7 @@ struct Consumer {
     while (!smem.work[item.stage].last) {
       const Work& work = smem.work[item.stage];
       const TileRange tiles = work.own[index];
-      smem.q_full[index].wait(q_phase);
+      wait_for_queries();
       skip(work.end - tiles.end);
       if (tiles.begin < tiles.end) {
         attend();
@@ -736,9 +747,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant_
   const int warpgroup = tile::warpgroup();
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) ptx::prefetch(*map);
-    for (int c = 0; c < C::tile.consumers; ++c) {
-      smem.q_full[c].init(1);
-      smem.q_empty[c].init(1);
+    for (int slot = 0; slot < C::tile.q_slots; ++slot) {
+      smem.q_full[slot].init(1);
+      smem.q_empty[slot].init(1);
     }
     for (int s = 0; s < C::tile.stages; ++s) {
       smem.k_full[s].init(1);

@@ -14,6 +14,17 @@ struct PipelineState {
       phase ^= 1;
     }
   }
+  // By so many stages at once.
+  template <int kCount>
+  __device__ __forceinline__ void advance_by() {
+    static_assert(kCount <= kStages);
+    if constexpr (kCount < kStages) {
+      stage += kCount;
+      if (stage < kStages) return;
+      stage -= kStages;
+    }
+    phase ^= 1;
+  }
 };
 
 }  // namespace heed::tile
