@@ -105,6 +105,24 @@ def serving_table(data: dict) -> str:
     return "\n".join([*lines, "", caption(m, where)])
 
 
+def scaling_table(data: dict) -> str:
+    """One line per sequence length, number of GPUs and kernels, beside the same kernels on one."""
+    names = {"heed": "heed", "torch": "PyTorch's flash"}
+    lines = ["| seqlen | GPUs | kernels | forward ms | x | forward and backward ms | x |"]
+    lines += ["|---" * 7 + "|"]
+    alone = {cell["seqlen"]: cell for cell in data["cells"] if cell["gpus"] == 1}
+    for cell in sorted(data["cells"], key=lambda c: (c["seqlen"], c["gpus"])):
+        for name in (n for n in names if n in cell):
+            row = [str(cell["seqlen"]), str(cell["gpus"]), names[name]]
+            for work in ("forward", "training"):
+                ms = cell[name][work]
+                row += [f"{ms:.3g}", f"**{alone[cell['seqlen']][name][work] / ms:.2f}x**"]
+            lines.append(f"| {' | '.join(row)} |")
+    heads, m = data["shape"], data["machine"]
+    where = f"One row, {heads['heads']}/{heads['key_heads']} heads of {heads['head_dim']}, bf16. "
+    return "\n".join([*lines, "", where + gpu_caption(m)])
+
+
 def tests_table(data: dict) -> str:
     """One line per recorded test run."""
     head = ["run", "Python", "PyTorch", "Transformers", "system", "kernels", "passed", "skipped"]
@@ -255,6 +273,8 @@ def table_of(data: dict, part: str) -> str:
         return gpu_kernel_table(data, part)
     if "peers" in data["cells"][0]:
         return counter_table(data)
+    if "gpus" in data["cells"][0]:
+        return scaling_table(data)
     if "requests_per_s" in data["cells"][0]:
         return serving_table(data)
     return model_table(data) if "ms" in data["cells"][0] else speed_table(data)

@@ -46,6 +46,7 @@ HOPPER_FORWARD = (
     "stages",
     "own_out",
     "chained",
+    "q_slots",
 )
 FORWARD = ("head_dim", "tile_m", "tile_n", "warps", "ctas", "packed", "stages", "key_warps")
 BACKWARD = ("head_dim", "tile_m", "tile_n", "keys", "share", "stages")

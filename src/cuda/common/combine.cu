@@ -56,27 +56,57 @@ struct Team {
   }
 };
 
+// Some parts of four channels of a row, on their way before their weights are known.
+struct Ahead {
+  static constexpr int kParts = 8;
+  float4 at[kParts];
+
+  // Parts first, first + step, ... below `end`; part s begins at base + s * stride.
+  __device__ void load(const float* base, std::int64_t stride, int first, int step, int end) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i)
+      if (first + i * step < end)
+        at[i] = *reinterpret_cast<const float4*>(base + (first + i * step) * stride);
+  }
+};
+
+__device__ void add_weighted(float4& sum, const float4& part, float weight) {
+  if (weight == 0.f) return;  // an empty part holds anything
+  sum.x += part.x * weight;
+  sum.y += part.y * weight;
+  sum.z += part.z * weight;
+  sum.w += part.w * weight;
+}
+
 // The parts are added in one order.
 template <class Element, int kTeam>
 __global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Params p) {
   using T = Team<kTeam>;
   __shared__ typename T::Smem shared[T::kTeams];
-  ptx::wait_for_kernel_before();
   const ForwardProblem& f = p.problem;
   const int heads = static_cast<int>(f.q.heads());
   const int thread = static_cast<int>(threadIdx.x) % kTeam;
   typename T::Smem& smem = shared[threadIdx.x / kTeam];
-  const std::int64_t at_row = std::int64_t{blockIdx.x} * T::kTeams + threadIdx.x / kTeam;
-  if (at_row >= p.row_count) return;  // the whole team
+  const std::int64_t team = std::int64_t{blockIdx.x} * T::kTeams + threadIdx.x / kTeam;
+  const std::int64_t at_row = team < p.row_count ? team : p.row_count - 1;
   const int row = static_cast<int>(at_row % p.rows_per_entry);
   const int item = static_cast<int>(at_row / p.rows_per_entry);
   const int head = item % heads;
   const SequenceSlice at = slice_of(f, item / heads);
-  if (row >= at.q.length) return;
   const std::int64_t rows = f.q.batch() * f.q.heads() * f.q.seqlen();
   const std::int64_t i = lse_index(f, at, head, row);
 
   const float sink = f.sink == nullptr ? -kInfinity : f.sink[head] * static_cast<float>(kLog2e);
+  // Groups of threads add every groups-th part, four channels a thread; then the groups are added.
+  const float* parts = p.partial_out + i * p.width;
+  const std::int64_t stride = rows * p.width;
+  const int vectors = min_of(p.width / 4, kTeam), groups = kTeam / vectors;
+  const int group = thread / vectors, vector = thread % vectors;
+  const int end = group < groups ? p.splits : 0;
+  ptx::wait_for_kernel_before();
+  if (team >= p.row_count || row >= at.q.length) return;  // the whole team
+  Ahead ahead;
+  ahead.load(parts + 4 * vector, stride, group, groups, end);
   float max = sink;
   for (int s = thread; s < p.splits; s += kTeam) max = fmaxf(max, p.states[s * rows + i].max);
   max = T::reduce(smem, thread, max, [](float a, float b) { return fmaxf(a, b); });
@@ -93,34 +123,26 @@ __global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Params 
     f.lse[i] = sum == 0.f ? -kInfinity : (max + log2f(sum)) * static_cast<float>(kLn2);
   T::sync();  // the weights are there
 
-  // Groups of threads add every groups-th part, four channels a thread; then the groups are added.
   Element* out = first_row<Element>(f.out, at.q, head) + row * f.out.seqlen_stride();
   const int channels = static_cast<int>(f.out.head_dim());
-  for (int first = 0; first < p.width; first += 4 * kTeam) {
-    const int width = p.width - first < 4 * kTeam ? p.width - first : 4 * kTeam;
-    const int vectors = width / 4, groups = kTeam / vectors;
-    const int group = thread / vectors, vector = thread % vectors;
+  for (int first = 0; first < p.width; first += 4 * vectors) {
+    const int width = min_of(p.width - first, 4 * vectors);
+    const float* base = parts + first + 4 * vector;
+    const int last = 4 * vector < width ? end : 0;
+    if (first > 0) ahead.load(base, stride, group, groups, last);
     float4 x{0.f, 0.f, 0.f, 0.f};
-    if (group < groups) {
-      const float* parts = p.partial_out + i * p.width + first + 4 * vector;
-#pragma unroll 4
-      for (int s = group; s < p.splits; s += groups) {
-        const float weight = smem.weights[s];
-        if (weight == 0.f) continue;
-        const float4 part = *reinterpret_cast<const float4*>(parts + s * rows * p.width);
-        x.x += part.x * weight;
-        x.y += part.y * weight;
-        x.z += part.z * weight;
-        x.w += part.w * weight;
-      }
-    }
+#pragma unroll
+    for (int j = 0; j < Ahead::kParts; ++j)
+      if (group + j * groups < last) add_weighted(x, ahead.at[j], smem.weights[group + j * groups]);
+    for (int s = group + Ahead::kParts * groups; s < last; s += groups)
+      add_weighted(x, *reinterpret_cast<const float4*>(base + s * stride), smem.weights[s]);
     T::sync();  // the sums before have been used
     smem.sums[thread] = x;
     T::sync();
     for (int c = thread; c < width && first + c < channels; c += kTeam) {
       float total = 0.f;
       for (int g = 0; g < groups; ++g)
-        total += reinterpret_cast<const float*>(smem.sums)[g * width + c];
+        total += reinterpret_cast<const float*>(smem.sums)[4 * g * vectors + c];
       total = sum == 0.f ? 0.f : total / sum;
       out[first + c].bits = static_cast<std::uint16_t>(ptx::pack<Element>(total, 0.f));
     }
