@@ -121,24 +121,24 @@ class DecodeKernel {
     for (int r = 0; r < rows; ++r)
       if (limits[r].first >= limits[r].end) std::fill_n(w.q + r * q_words_, q_words_, Word{});
     std::fill_n(w.o, std::int64_t{rows} * o_columns_, 0.f);
-    SoftmaxState state[kMaxRows];
+    RowStatistics<Isa, kMaxRows> statistics;
     for (int key0 = seen.begin / kKeys * kKeys; key0 < seen.end; key0 += kKeys)
       step(w, at, head, rows, limits, {std::max(seen.begin, key0), std::min(seen.end, key0 + kKeys)},
-           key0, state);
+           key0, statistics);
     for (int r = 0; r < rows; ++r) {
       const float* o = w.o + std::int64_t{r} * o_columns_;
       if (splits_ == 1) {
-        store_output<C>(p_, at, head_of(at, head, r), r % at.q.length, o, state[r]);
+        store_output<C>(p_, at, head_of(at, head, r), r % at.q.length, o, statistics[r]);
       } else {
         const std::int64_t i = part_index(at, head, split, r);
         std::copy_n(o, o_columns_, partial_o_ + i * o_columns_);
-        partial_state_[i] = state[r];
+        partial_state_[i] = statistics[r];
       }
     }
   }
 
   void step(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
-            const RowLimits* limits, Span keys, int key0, SoftmaxState* state) const {
+            const RowLimits* limits, Span keys, int key0, RowStatistics<Isa, kMaxRows>& statistics) const {
     const int live_keys = keys.end - keys.begin;
     const Element* k_rows[kKeys];
     const Element* v_rows[kKeys];
@@ -152,24 +152,23 @@ class DecodeKernel {
         score_rows<decltype(count)::value>(w.q + r * q_words_, k_rows, v_rows, live_keys,
                                            w.s + r * kKeys + first);
       });
-    float rescaled[kMaxRows];
     const Span columns{0, kKeys};
-    for (int r = 0; r < rows; ++r) {
-      float* s = w.s + r * kKeys;
-      const Span live = live_columns(limits[r], key0, columns);
-      const std::int64_t q_head = head_of(at, head, r);
-      const int row = r % at.q.length;
-      transform_.apply(s, nullptr, columns, live, at, q_head, row, key0);
-      rescaled[r] = softmax_update<Isa>(s, columns, transform_.factor(), state[r]);
-      if (p_.dropout.probability > 0.f) {
-        dropout_mask(p_.dropout, at.entry, q_head, row, key0, kKeys, w.kept);
-        apply_factors<Isa>(s, w.kept, columns);
+    for (int r = 0; r < rows; ++r)
+      transform_.apply(w.s + r * kKeys, nullptr, columns, live_columns(limits[r], key0, columns), at,
+                       head_of(at, head, r), r % at.q.length, key0);
+    for (int r = 0; r < rows; r += Isa::kLanes)
+      softmax_rows<F32Operand<Isa>>(w.s + r * kKeys, kKeys, r, std::min(rows - r, Isa::kLanes),
+                                    columns, transform_.factor(), statistics, w.s, kKeys);
+    if (p_.dropout.probability > 0.f)
+      for (int r = 0; r < rows; ++r) {
+        dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length, key0, kKeys,
+                     w.kept);
+        apply_factors<Isa>(w.s + r * kKeys, w.kept, columns);
       }
-    }
     for (int r = 0; r < rows; r += 4)
       with_rows(rows - r, [&](auto count) {
         value_rows<decltype(count)::value>(w.s + r * kKeys + first, v_rows, live_keys,
-                                           rescaled + r, w.o + std::int64_t{r} * o_columns_);
+                                           statistics.rescaled + r, w.o + std::int64_t{r} * o_columns_);
       });
   }
 
