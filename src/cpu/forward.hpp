@@ -208,15 +208,14 @@ class ForwardKernel {
       pack(at, head, k_panels(at, head), v_panels(at, head));
     });
     const std::int64_t tiles = ceil_div(longest_query(p_), kTileM);
-    // Last tiles first: under a causal mask they are the longest.
+    // Head by head, so that its panels stay in the shared cache; in each head the last tiles first:
+    // under a causal mask they are the longest, and what is left at the end is short.
     parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
                  [&](std::int64_t task, int worker) {
-                   const std::int64_t m_tile = tiles - 1 - task / (entries * p_.q.heads());
-                   const std::int64_t rest = task % (entries * p_.q.heads());
+                   const std::int64_t row = (tiles - 1 - task % tiles) * kTileM;
                    const SequenceSlice at =
-                       slice_of(p_, static_cast<int>(rest / p_.q.heads()));
-                   const std::int64_t head = rest % p_.q.heads();
-                   const std::int64_t row = m_tile * kTileM;
+                       slice_of(p_, static_cast<int>(task / tiles / p_.q.heads()));
+                   const std::int64_t head = task / tiles % p_.q.heads();
                    if (row >= at.q.length) return;
                    tile(scratch(worker), at, head, static_cast<int>(row),
                         k_panels(at, head / group), v_panels(at, head / group));
