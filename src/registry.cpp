@@ -94,6 +94,9 @@ Mismatch mismatch(const KernelRow& row, const Request& request) {
     return Mismatch::head_dim;
   if (row.max_query_rows > 0 && request.query_rows > row.max_query_rows)
     return Mismatch::query_rows;
+  if (row.few_query_rows > 0 && request.query_rows > row.few_query_rows &&
+      request.seqlen_k < request.query_rows * kKeysPerRow)
+    return Mismatch::few_keys;
   if (row.max_seqlen_k > 0 && request.seqlen_k > row.max_seqlen_k) return Mismatch::seqlen_k;
   if (row.smem_bytes > request.smem_bytes) return Mismatch::smem;
   if (row.bulk) {
@@ -136,6 +139,10 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
     case Mismatch::query_rows:
       return "takes up to " + std::to_string(row.max_query_rows) +
              " query rows per key head, here " + std::to_string(request.query_rows);
+    case Mismatch::few_keys:
+      return "takes more than " + std::to_string(row.few_query_rows) +
+             " query rows per key head, here " + std::to_string(request.query_rows) +
+             ", only with at least " + std::to_string(kKeysPerRow) + " keys each";
     case Mismatch::seqlen_k:
       return "takes up to " + std::to_string(row.max_seqlen_k) + " keys of an entry, here " +
              std::to_string(request.seqlen_k);

@@ -41,7 +41,10 @@ struct KernelRow {
   bool bulk = false;
   int max_head_dim_v = 0;  // 0: max_head_dim
   int max_seqlen_k = 0;    // most keys of an entry; 0: any
+  // Decode on a CPU: more query rows than these need kKeysPerRow keys each to be worth it; 0: none do.
+  int few_query_rows = 0;
 };
+inline constexpr int kKeysPerRow = 16;
 // "avx512/forward/bf16"; of a GPU also head_dim, score and tile:
 // "sm80/forward/bf16/hdim64/plain/128x128".
 std::string name_of(const KernelRow& row);
@@ -63,6 +66,7 @@ enum class Mismatch : std::uint8_t {
   scale,
   page_size,
   query_rows,
+  few_keys,
   seqlen_k,
   smem,
   forced

@@ -74,7 +74,7 @@ int cpu_splits(const ForwardProblem& p, int wanted) {
   constexpr std::int64_t kKeysPerSplit = 512;
   const std::int64_t most = clamp64(max_seqlen_k(p) / kKeysPerSplit, 1, kMostSplits);
   if (wanted > 0) return static_cast<int>(clamp64(wanted, 1, most));
-  const std::int64_t tasks = batch_entries(p) * p.k.heads();
+  const std::int64_t tasks = batch_entries(p);
   return static_cast<int>(clamp64(tasks == 0 ? 1 : (kTasks + tasks - 1) / tasks, 1, most));
 }
 

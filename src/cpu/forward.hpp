@@ -208,15 +208,14 @@ class ForwardKernel {
       pack(at, head, k_panels(at, head), v_panels(at, head));
     });
     const std::int64_t tiles = ceil_div(longest_query(p_), kTileM);
-    // Last tiles first: under a causal mask they are the longest.
+    // Head by head, so that its panels stay in the shared cache; in each head the last tiles first:
+    // under a causal mask they are the longest, and what is left at the end is short.
     parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
                  [&](std::int64_t task, int worker) {
-                   const std::int64_t m_tile = tiles - 1 - task / (entries * p_.q.heads());
-                   const std::int64_t rest = task % (entries * p_.q.heads());
+                   const std::int64_t row = (tiles - 1 - task % tiles) * kTileM;
                    const SequenceSlice at =
-                       slice_of(p_, static_cast<int>(rest / p_.q.heads()));
-                   const std::int64_t head = rest % p_.q.heads();
-                   const std::int64_t row = m_tile * kTileM;
+                       slice_of(p_, static_cast<int>(task / tiles / p_.q.heads()));
+                   const std::int64_t head = task / tiles % p_.q.heads();
                    if (row >= at.q.length) return;
                    tile(scratch(worker), at, head, static_cast<int>(row),
                         k_panels(at, head / group), v_panels(at, head / group));
@@ -247,10 +246,8 @@ class ForwardKernel {
         static_cast<int>(p_.q.head_dim()), w.q);
     std::fill_n(w.o, groups * C::kMicroRows * v_columns_, 0.f);
 
-    SoftmaxState state[kTileM];
-    float rescaled[kTileM];
+    RowStatistics<Isa, kTileM> statistics;
     const int padded = padded_columns<C>(at.k.length);
-    const float factor = transform_.factor();
     for (int key0 = all.first / C::kPanel * C::kPanel; key0 < all.end; key0 += kTileN) {
       const int columns = std::min(kTileN, padded - key0);
       Span spans[kGroups];
@@ -258,32 +255,39 @@ class ForwardKernel {
         spans[g] = group_span<C>(limits, g * C::kMicroRows, rows, key0, columns);
       product_columns<typename C::Operand>(w.q, k + std::int64_t{key0} * k_words_, k_words_, w.s,
                                            kLds, spans, groups, columns);
-      for (int r = 0; r < groups * C::kMicroRows; ++r) {
-        const Span span = spans[r / C::kMicroRows];
-        if (span.empty()) continue;
-        float* s = w.s + r * kLds;
-        if (r >= rows) {
-          fill_outside(s, span, {span.end, span.end}, 0.f);
-          rescaled[r] = 1.f;
-        } else {
-          const Span live = live_columns(limits[r], key0, span);
-          transform_.apply(s, nullptr, span, live, at, head, row0 + r, key0);
-          rescaled[r] = softmax_update<Isa>(s, span, factor, state[r]);
-          if (p_.dropout.probability > 0.f) {
-            dropout_mask(p_.dropout, at.entry, head, row0 + r, key0 + span.begin,
-                         span.end - span.begin, w.kept + span.begin);
-            apply_factors<Isa>(s, w.kept, span);
-          }
-        }
-        to_words<typename C::Operand>(s, w.p + r * kLdp, span);
-      }
+      for (int g = 0; g < groups; ++g)
+        if (!spans[g].empty())
+          softmax(w, at, head, row0, g * C::kMicroRows, rows, limits, spans[g], key0, statistics);
       product_depth<typename C::Operand, kLdp, Update::scale_add>(
           w.p, v + std::int64_t{key0} / C::Operand::kDepth * C::kPanel,
           std::int64_t{words_of<C>(padded)} * C::kPanel, w.o, v_columns_, spans, groups,
-          v_columns_, rescaled);
+          v_columns_, statistics.rescaled);
     }
     for (int r = 0; r < rows; ++r)
-      store_output<C>(p_, at, head, row0 + r, w.o + std::int64_t{r} * v_columns_, state[r]);
+      store_output<C>(p_, at, head, row0 + r, w.o + std::int64_t{r} * v_columns_, statistics[r]);
+  }
+
+  // Scores of the group of rows from `first` on -> P.
+  void softmax(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, int first,
+               int rows, const RowLimits* limits, Span span, int key0,
+               RowStatistics<Isa, kTileM>& statistics) const {
+    const int end = std::min(first + C::kMicroRows, rows);
+    for (int r = first; r < end; ++r)
+      transform_.apply(w.s + r * kLds, nullptr, span, live_columns(limits[r], key0, span), at, head,
+                       row0 + r, key0);
+    const bool dropped = p_.dropout.probability > 0.f;
+    for (int r = first; r < end; r += Isa::kLanes)
+      softmax_rows<typename C::Operand>(w.s + r * kLds, kLds, r, std::min(end - r, Isa::kLanes),
+                                        span, transform_.factor(), statistics,
+                                        dropped ? nullptr : w.p + r * kLdp, kLdp);
+    if (!dropped) return;
+    for (int r = first; r < end; ++r) {
+      float* s = w.s + r * kLds;
+      dropout_mask(p_.dropout, at.entry, head, row0 + r, key0 + span.begin, span.end - span.begin,
+                   w.kept + span.begin);
+      apply_factors<Isa>(s, w.kept, span);
+      to_words<typename C::Operand>(s, w.p + r * kLdp, span);
+    }
   }
 
   static constexpr int kPrivateKeys = 1024;

@@ -36,14 +36,30 @@ struct Bf16Operand {
 template <class Isa>
 inline constexpr int kPanel = 2 * Isa::kLanes;  // columns of one panel of B
 
+// What a product asks the caches for while it computes: `step` bytes further on with every word of depth.
+struct Ahead {
+  const char* at;
+  std::ptrdiff_t step;
+};
+
+// The part that product `turn` of `turns` asks for, of a panel as deep as theirs.
+template <class Isa, class Word>
+Ahead part_of_panel(const Word* panel, int depth, int turn, int turns) {
+  constexpr std::ptrdiff_t kLine = kPanel<Isa> * sizeof(Word);
+  return {reinterpret_cast<const char*>(panel) + kLine * depth * turn / turns, kLine / turns};
+}
+
 // How C takes the product: C = AB, C += AB, or C = factor[row] * C + AB.
 enum class Update { store, add, scale_add };
 
 // C[kMicroRows, kPanel] from one panel of B. Word (row, depth) of A is a[row * kRow + depth * kDepth].
+// A panel of B that comes from beyond L2 is used by a few products only: without `ahead` the first of
+// them waits for it, which costs a tenth of the time of a long sequence.
 template <class Operand, int kRow, int kDepthStride, Update kUpdate>
 [[gnu::always_inline]] inline void micro_product(const typename Operand::Word* a,
                                                  const typename Operand::Word* b, int depth,
-                                                 float* c, int ldc, const float* factor) {
+                                                 float* c, int ldc, const float* factor,
+                                                 Ahead ahead) {
   using Isa = typename Operand::Isa;
   using Vec = typename Isa::Vec;
   constexpr int kRows = Isa::kMicroRows;
@@ -51,6 +67,8 @@ template <class Operand, int kRow, int kDepthStride, Update kUpdate>
   for (int k = 0; k < depth; ++k) {
     const auto b0 = Operand::load(b);
     const auto b1 = Operand::load(b + Isa::kLanes);
+    __builtin_prefetch(ahead.at);
+    ahead.at += ahead.step;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const typename Operand::Word word = a[r * kRow];
@@ -93,7 +111,8 @@ void product_columns(const typename Operand::Word* a, const typename Operand::Wo
     for (int g = 0; g < groups; ++g)
       if (spans[g].begin <= col && col < spans[g].end)
         micro_product<Operand, 1, kRows, Update::store>(
-            a + std::int64_t{g} * depth * kRows, b, depth, c + g * kRows * ldc + col, ldc, nullptr);
+            a + std::int64_t{g} * depth * kRows, b, depth, c + g * kRows * ldc + col, ldc, nullptr,
+            part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups));
 }
 
 // C (+)= A B over cols / kPanel panels of B, `panel_stride` words apart; each group of rows has its own
@@ -104,15 +123,21 @@ void product_depth(const typename Operand::Word* a, const typename Operand::Word
                    int cols, const float* factor) {
   using Isa = typename Operand::Isa;
   constexpr int kRows = Isa::kMicroRows;
+  const auto* const first_panel = b;
   for (int col = 0; col < cols; col += kPanel<Isa>, b += panel_stride)
     for (int g = 0; g < groups; ++g) {
       if (spans[g].empty()) continue;
       const int first = spans[g].begin / Operand::kDepth;
       const int depth = spans[g].end / Operand::kDepth - first;
+      // After the last panel comes the first one again, further down.
+      const bool last = col + kPanel<Isa> >= cols;
+      const auto* next = last ? first_panel + std::int64_t{first + depth} * kPanel<Isa>
+                              : b + panel_stride + std::int64_t{first} * kPanel<Isa>;
       micro_product<Operand, kLda, 1, kUpdate>(a + g * kRows * kLda + first,
                                                b + std::int64_t{first} * kPanel<Isa>, depth,
                                                c + g * kRows * ldc + col, ldc,
-                                               factor == nullptr ? nullptr : factor + g * kRows);
+                                               factor == nullptr ? nullptr : factor + g * kRows,
+                                               part_of_panel<Isa>(next, depth, g, groups));
     }
 }
 
@@ -129,7 +154,10 @@ void product_transposed(const typename Operand::Word* a, const typename Operand:
     for (int row = rows.begin; row < rows.end; row += Isa::kMicroRows)
       micro_product<Operand, 1, kLda, Update::add>(
           a + row + first * kLda, b + std::int64_t{first} * kPanel<Isa>, words,
-          c + row * ldc + col, ldc, nullptr);
+          c + row * ldc + col, ldc, nullptr,
+          part_of_panel<Isa>(b + panel_stride + std::int64_t{first} * kPanel<Isa>, words,
+                             (row - rows.begin) / Isa::kMicroRows,
+                             (rows.end - rows.begin) / Isa::kMicroRows));
 }
 
 }  // namespace heed::cpu

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/half.hpp"
+#include "core/mask.hpp"
 #include "cpu/gemm.hpp"
 
 namespace heed::cpu {
@@ -65,17 +66,17 @@ void pack_transposed(const RowOf& row, int rows, int columns, typename Operand::
   using Vec = typename Isa::Vec;
   constexpr int kLanes = Isa::kLanes;
   const int words = (columns + Operand::kDepth - 1) / Operand::kDepth;
+  using Element = std::remove_cvref_t<decltype(*row(0))>;
   for (int panel = 0; panel < rows; panel += kWidth, out += std::int64_t{words} * kWidth) {
+    const Element* sources[round_up(kWidth, kLanes)] = {};
+    for (int i = 0; i < kWidth && panel + i < rows; ++i) sources[i] = row(panel + i);
     for (int word = 0; word < words; word += kLanes) {
       const int live = words - word < kLanes ? words - word : kLanes;
       for (int part = 0; part < kWidth; part += kLanes) {
         Vec square[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const int r = panel + part + i;
-          square[i] = load_words<Operand>(
-              part + i < kWidth && r < rows ? row(r) : nullptr, word, columns);
-        }
+        for (int i = 0; i < kLanes; ++i)
+          square[i] = load_words<Operand>(sources[part + i], word, columns);
         transpose_steps<1>(square);
         // Ascending: a panel narrower than kLanes spills into the next word, which overwrites it.
         for (int i = 0; i < live; ++i)

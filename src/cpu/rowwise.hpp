@@ -117,31 +117,93 @@ inline Span live_columns(RowLimits limits, int key0, Span columns) {
   return live.empty() ? Span{columns.begin, columns.begin} : live;
 }
 
-// Turns the scores [begin, end) of a row into unnormalised P, in place, and takes them into `state`.
-// Returns the factor for what was accumulated before.
-template <class Isa>
-float softmax_update(float* s, Span columns, float factor, SoftmaxState& state) {
-  using Vec = typename Isa::Vec;
-  const Vec f = Isa::broadcast(factor);
-  Vec most = Isa::broadcast(-kInfinity);
-  for (int c = columns.begin; c < columns.end; c += Isa::kLanes)
-    most = Isa::max(Isa::load(s + c) * f, most);
-  const float tile_max = Isa::reduce_max(most);
-  const float max = tile_max > state.max ? tile_max : state.max;
-  // Without a visible key the maximum is -inf; 0 keeps (-inf) - max from being NaN, and a NaN score NaN.
-  const Vec shift = Isa::broadcast(max == -kInfinity ? 0.f : -max);
-  Vec sum = Isa::broadcast(0.f);
-  for (int c = columns.begin; c < columns.end; c += Isa::kLanes) {
-    const Vec e = exp2<Isa>(Isa::fma(Isa::load(s + c), f, shift));
-    sum = sum + e;
-    Isa::store(s + c, e);
+// Lane r of the result is what `op` makes of all lanes of rows[r].
+template <int kBlock = 1, class Vec, int kLanes, class Op>
+[[gnu::always_inline]] inline Vec reduce_rows(Vec (&rows)[kLanes], const Op& op) {
+  if constexpr (kBlock < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2 * kBlock) {
+      exchange_blocks<kBlock>(rows[i], rows[i + kBlock],
+                              std::make_integer_sequence<int, kLanes>());
+      rows[i] = op(rows[i], rows[i + kBlock]);
+    }
+    return reduce_rows<2 * kBlock>(rows, op);
+  } else {
+    return rows[0];
   }
-  float rescaled = 1.f;
-  if (max != state.max)
-    rescaled = state.max == -kInfinity ? 0.f
-                                       : Isa::reduce_max(exp2<Isa>(Isa::broadcast(state.max - max)));
-  state = {max, state.sum * rescaled + Isa::reduce_add(sum)};
-  return rescaled;
+}
+
+// Statistics of the rows of a tile, by field, and the factor for what a row accumulated before its
+// last scores. Softmax writes kLanes of each, so there is room for them.
+template <class Isa, int kRows>
+struct RowStatistics {
+  float max[kRows + Isa::kLanes];
+  float sum[kRows + Isa::kLanes];
+  float rescaled[kRows + Isa::kLanes];
+
+  RowStatistics() {
+    std::fill_n(max, kRows + Isa::kLanes, -kInfinity);
+    std::fill_n(sum, kRows + Isa::kLanes, 0.f);
+  }
+  SoftmaxState operator[](int row) const { return {max[row], sum[row]}; }
+};
+
+// Turns the scores [begin, end) of up to kLanes rows from `first` on, `lds` floats apart, into
+// unnormalised P and takes them into `all`. P replaces the scores, or becomes words, `ldw` apart.
+// Reductions and factors of the rows are computed together, a lane each: one by one, their latency
+// would take as long as the exponentials. Lanes without a row see no score and keep their statistics.
+template <class Operand, int kRows>
+void softmax_rows(float* s, int lds, int first, int rows, Span columns, float factor,
+                  RowStatistics<typename Operand::Isa, kRows>& all,
+                  typename Operand::Word* words, int ldw) {
+  using Isa = typename Operand::Isa;
+  using Vec = typename Isa::Vec;
+  constexpr int kLanes = Isa::kLanes;
+  const Vec none = Isa::broadcast(-kInfinity);
+  const Vec zero = Isa::broadcast(0.f);
+  Vec most[kLanes], sums[kLanes];
+  for (int r = 0; r < kLanes; ++r) {
+    most[r] = none;
+    sums[r] = zero;
+  }
+  for (int r = 0; r < rows; ++r) {
+    Vec even = none, odd = none;
+    for (int c = columns.begin; c < columns.end; c += 2 * kLanes) {
+      even = Isa::max(Isa::load(s + r * lds + c), even);
+      odd = Isa::max(Isa::load(s + r * lds + c + kLanes), odd);
+    }
+    most[r] = Isa::max(even, odd);
+  }
+  const Vec f = Isa::broadcast(factor);
+  const Vec lowest = Isa::broadcast(std::numeric_limits<float>::lowest());
+  const Vec before = Isa::load(all.max + first);
+  const Vec max = Isa::max(
+      reduce_rows(most, [](Vec a, Vec b) { return Isa::max(a, b); }) * f, before);
+  // Without a visible key the maximum is -inf; the lowest number keeps (-inf) - max from being NaN.
+  const Vec finite = Isa::max(max, lowest);
+  const Vec rescaled = exp2<Isa>(Isa::max(before, lowest) - finite);
+  float shifts[kLanes];
+  Isa::store(shifts, zero - finite);
+  for (int r = 0; r < rows; ++r) {
+    const Vec shift = Isa::broadcast(shifts[r]);
+    Vec sum = zero;
+    for (int c = columns.begin; c < columns.end; c += kLanes) {
+      const Vec e = exp2<Isa>(Isa::fma(Isa::load(s + r * lds + c), f, shift));
+      sum = sum + e;
+      if constexpr (Operand::kDepth == 2) {
+        if (words != nullptr) {
+          Isa::store(reinterpret_cast<bf16*>(words + r * ldw) + c, e);
+          continue;
+        }
+      }
+      Isa::store(s + r * lds + c, e);
+    }
+    sums[r] = sum;
+  }
+  Isa::store(all.max + first, max);
+  Isa::store(all.rescaled + first, rescaled);
+  Isa::store(all.sum + first, Isa::load(all.sum + first) * rescaled +
+                                  reduce_rows(sums, [](Vec a, Vec b) { return a + b; }));
 }
 
 // s *= factors * scale

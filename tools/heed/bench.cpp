@@ -29,6 +29,7 @@ struct Timing {
   double median = 0;  // seconds
   double best = 0;
   std::size_t runs = 0;
+  double plan = 0;  // seconds that making the plan takes
 };
 
 std::string cpu_name() {
@@ -51,7 +52,21 @@ Timing time_runs(const Plan& plan, const Problem& problem, Workspace workspace, 
     if (times.size() >= 3 && std::chrono::duration<double>(end - begin).count() >= seconds) break;
   }
   std::ranges::sort(times);
-  return {times[times.size() / 2], times.front(), times.size()};
+  return {.median = times[times.size() / 2], .best = times.front(), .runs = times.size()};
+}
+
+// Median seconds of making a plan.
+template <class Problem>
+double time_plan(const Problem& problem, const Device& device, const Options& options) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> times(101);
+  for (double& time : times) {
+    const auto start = Clock::now();
+    value_or_fail(plan(problem, device, options));
+    time = std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  std::ranges::nth_element(times, times.begin() + 50);
+  return times[50];
 }
 
 template <class Problem>
@@ -60,7 +75,9 @@ std::pair<Plan, Timing> measure(const Problem& problem, const Device& device, co
   const Plan made = value_or_fail(plan(problem, device, flags.problem.options()));
   const Workspace workspace{arena.take(static_cast<std::int64_t>(made.workspace_bytes)),
                             made.workspace_bytes};
-  return {made, time_runs(made, problem, workspace, flags.seconds)};
+  Timing timing = time_runs(made, problem, workspace, flags.seconds);
+  timing.plan = time_plan(problem, device, flags.problem.options());
+  return {made, timing};
 }
 
 nlohmann::json result_of(const Flags& flags, const Device& device, const Plan& made,
@@ -75,6 +92,7 @@ nlohmann::json result_of(const Flags& flags, const Device& device, const Plan& m
                         {"runs", timing.runs},
                         {"seconds_median", timing.median},
                         {"seconds_best", timing.best},
+                        {"seconds_plan", timing.plan},
                         {"gflops", cost.flops / timing.median * 1e-9},
                         {"gbs", cost.bytes / timing.median * 1e-9}};
   if (!flags.peaks) return result;

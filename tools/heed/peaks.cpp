@@ -13,8 +13,8 @@ namespace heed::tool {
 namespace {
 
 constexpr int kRounds = 5;
-constexpr std::int64_t kSteps = 4'000'000;
-constexpr int kChains = 12;  // independent sums: more than latency times instructions per cycle
+constexpr std::int64_t kSteps = 2'000'000;
+constexpr int kChains = 24;  // independent sums: more than latency times instructions per cycle
 
 // Best time of a round in seconds, body(worker) on every thread of the pool.
 template <class Body>
@@ -48,7 +48,7 @@ __attribute__((target("avx2,fma"))) double fma_avx2(float* sink) {
   __m256 sums[kChains];
   for (__m256& sum : sums) sum = one;
   for (std::int64_t step = 0; step < kSteps; ++step)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) sums[i] = _mm256_fmadd_ps(sums[i], half, one);
   for (const __m256& sum : sums) *sink += _mm256_cvtss_f32(sum);
   return 2.0 * 8 * kChains * static_cast<double>(kSteps);
@@ -59,7 +59,7 @@ __attribute__((target("avx512f"))) double fma_avx512(float* sink) {
   __m512 sums[kChains];
   for (__m512& sum : sums) sum = one;
   for (std::int64_t step = 0; step < kSteps; ++step)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) sums[i] = _mm512_fmadd_ps(sums[i], half, one);
   for (const __m512& sum : sums) *sink += _mm512_cvtss_f32(sum);
   return 2.0 * 16 * kChains * static_cast<double>(kSteps);
@@ -70,7 +70,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) double bf16_avx5
   __m512 sums[kChains];
   for (__m512& sum : sums) sum = _mm512_setzero_ps();
   for (std::int64_t step = 0; step < kSteps; ++step)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], half, half);
   for (const __m512& sum : sums) *sink += _mm512_cvtss_f32(sum);
   return 2.0 * 32 * kChains * static_cast<double>(kSteps);
