@@ -16,7 +16,7 @@ Status check_device(const Plan& plan, Queue queue) {
     return {Code::invalid, std::string("queue is ") + (queue.on_gpu ? "a CUDA stream" : "the CPU") +
                                ", the plan is for " + name_of(plan.row->arch)};
   if (!queue.on_gpu) {
-    if (plan.row->arch <= cpu::best_arch()) return {};
+    if (serves(plan.row->arch, cpu::best_arch())) return {};
     return {Code::unsupported, std::string("plan is for ") + name_of(plan.row->arch) +
                                    ", this CPU offers up to " + name_of(cpu::best_arch())};
   }
