@@ -46,7 +46,8 @@ std::string name_of(const KernelRow& row) {
 }
 
 std::span<const KernelRow> registry() {
-  static const std::vector<KernelRow> table = [] {
+  // Never destroyed, because the caller's threads may compute until the last moment.
+  static const std::vector<KernelRow>& table = *new auto([] {
     std::vector<KernelRow> rows;
 #define HEED_KERNELS(group) \
   for (const KernelRow& row : group()) rows.push_back(row);
@@ -54,7 +55,7 @@ std::span<const KernelRow> registry() {
 #undef HEED_KERNELS
     std::ranges::stable_partition(rows, is_gpu);
     return rows;
-  }();
+  }());
   return table;
 }
 

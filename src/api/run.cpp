@@ -3,6 +3,7 @@
 #include <string>
 
 #include "api/validate.hpp"
+#include "cpu/arithmetic.hpp"
 #include "cpu/device.hpp"
 #include "registry.hpp"
 
@@ -60,8 +61,9 @@ Status run(const Plan& plan, const ForwardProblem& problem, Workspace workspace,
   if (plan.row->forward == nullptr)
     return {Code::invalid, "plan is for a backward problem: " + describe(plan)};
   // Arrays on a GPU are not read here: its kernels clamp them.
-  if (!is_gpu(plan))
-    if (Status s = validate_contents(problem); !s.ok()) return s;
+  if (is_gpu(plan)) return plan.row->forward(plan, problem, workspace, queue);
+  if (Status s = validate_contents(problem); !s.ok()) return s;
+  const cpu::StandardArithmetic arithmetic;
   return plan.row->forward(plan, problem, workspace, queue);
 }
 
@@ -70,8 +72,9 @@ Status run(const Plan& plan, const BackwardProblem& problem, Workspace workspace
   if (plan.row->backward == nullptr)
     return {Code::invalid, "plan is for a forward problem: " + describe(plan)};
   // Arrays on a GPU are not read here: its kernels clamp them.
-  if (!is_gpu(plan))
-    if (Status s = validate_contents(problem); !s.ok()) return s;
+  if (is_gpu(plan)) return plan.row->backward(plan, problem, workspace, queue);
+  if (Status s = validate_contents(problem); !s.ok()) return s;
+  const cpu::StandardArithmetic arithmetic;
   return plan.row->backward(plan, problem, workspace, queue);
 }
 
