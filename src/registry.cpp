@@ -53,7 +53,7 @@ std::span<const KernelRow> registry() {
   for (const KernelRow& row : group()) rows.push_back(row);
 #include "kernel_list.inc"
 #undef HEED_KERNELS
-    std::ranges::stable_partition(rows, is_gpu);
+    std::stable_partition(rows.begin(), rows.end(), is_gpu);  // clang 14 lacks the ranges one
     return rows;
   }());
   return table;
