@@ -252,6 +252,7 @@ class DecodeKernel {
   static typename Operand::Wide wide(Vec x) { return (typename Operand::Wide)x; }
 
   static void prefetch_row(const Element* row, std::int64_t columns) {
+    if (row == nullptr) return;
     const char* line = reinterpret_cast<const char*>(row);
     const std::int64_t bytes = columns * static_cast<std::int64_t>(sizeof(Element));
     for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at);

@@ -73,7 +73,7 @@ class Problem {
 
  private:
   static constexpr std::size_t kMostBytes = 1 << 16;  // of one tensor or array
-  static constexpr double kMostWork = 1 << 18;        // products of scalars
+  static constexpr double kMostWork = 1 << 15;        // pairs of rows, about
 
   // ---- the problem ----
 
