@@ -11,8 +11,8 @@
 
 namespace heed::cpu {
 
-// Switches the calling thread to it for a scope, whatever the thread was set to. Costs a read of the
-// control register where it was not set to anything else.
+// Switches the calling thread to it for a scope, whatever the thread was set to. Costs a read of
+// the control register where it was not set to anything else.
 class StandardArithmetic {
  public:
   StandardArithmetic(const StandardArithmetic&) = delete;

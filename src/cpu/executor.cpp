@@ -47,7 +47,7 @@ class Pool final : public Executor {
   int concurrency() const override { return concurrency_; }
 
   void run(int workers, void (*body)(void*, int), void* context) override {
-    // A second caller and a nested call do all the work themselves, and so does everyone in the end.
+    // A second caller and a nested call do all the work themselves, and everyone does at the end.
     std::unique_lock use(in_use_, std::defer_lock);
     if (workers <= 1 || inside_ || !use.try_lock() || !offer(workers, body, context)) {
       for (int w = 0; w < workers; ++w) body(context, w);
@@ -73,8 +73,8 @@ class Pool final : public Executor {
     threads_.clear();
   }
 
-  // In a forked child, whose only thread is the caller: forgets the parent's threads and the locks that
-  // they may hold. Threads of its own start when they are first wanted.
+  // In a forked child, whose only thread is the caller: forgets the parent's threads and the locks
+  // that they may hold. Threads of its own start when they are first wanted.
   void begin_child() {
     new (&left_behind_) std::vector<std::thread>(std::move(threads_));  // neither joined nor freed
     new (&in_use_) std::mutex;
@@ -85,7 +85,7 @@ class Pool final : public Executor {
   }
 
  private:
-  // Puts the workers after the first where threads find them, unless there will be no threads any more.
+  // Puts the workers after the first where threads find them, unless there are none any more.
   bool offer(int workers, void (*body)(void*, int), void* context) {
     {
       const std::lock_guard lock(mutex_);
@@ -154,7 +154,7 @@ thread_local bool Pool::inside_ = false;
 
 Executor& Executor::pool() {
   // Never destroyed, because the caller's threads may compute until the last moment.
-  static Pool& pool = [] () -> Pool& {
+  static Pool& pool = []() -> Pool& {
     static Pool& made = *new Pool;
     pthread_atfork(nullptr, nullptr, [] { made.begin_child(); });
     static const struct Ending {

@@ -22,8 +22,8 @@ class TorchExecutor final : public Executor {
   // torch.get_num_threads()
   int concurrency() const override { return static_cast<int>(torch::stable::get_num_threads()); }
 
-  // Inside another parallel region PyTorch runs all workers on the calling thread. In a forked child
-  // heed's own threads take its place.
+  // Inside another parallel region PyTorch runs all workers on the calling thread. In a forked
+  // child heed's own threads take its place.
   void run(int workers, void (*body)(void* context, int worker), void* context) override {
     if (in_forked_child.load(std::memory_order_relaxed))
       return Executor::pool().run(workers, body, context);

@@ -1,5 +1,5 @@
-// What the calling thread's floating-point control register says changes no result, and is as it was
-// after a call.
+// What the calling thread's floating-point control register says changes no result, and is as it
+// was after a call.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -185,7 +185,8 @@ TEST(Processes, AChildForkedWhileThePoolRuns) {
   std::atomic<int> calls{0};
   std::thread other([&] {
     for (; !stop; ++calls)
-      Executor::pool().run(2, [](void* /*context*/, int /*worker*/) {}, nullptr);
+      Executor::pool().run(
+          2, [](void* /*context*/, int /*worker*/) {}, nullptr);
   });
   for (int i = 0; i < 10; ++i) {
     for (const int seen = calls; calls == seen;) std::this_thread::yield();

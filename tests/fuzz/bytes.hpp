@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <iterator>
 #include <limits>
 
@@ -28,19 +27,23 @@ class Bytes {
   }
   template <class T>
   T raw() {
-    T value{};
-    std::uint8_t bytes[sizeof(T)];
-    for (std::uint8_t& b : bytes) b = byte();
-    std::memcpy(&value, bytes, sizeof(T));
-    return value;
+    std::uint64_t bits = 0;
+    for (std::size_t i = 0; i < sizeof(T); ++i) bits |= std::uint64_t{byte()} << 8 * i;
+    return static_cast<T>(bits);
   }
   // A number at an edge of what fits, or any.
   std::int64_t extreme() {
     constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
-    constexpr std::int64_t kEdges[] = {
-        -1,           std::int64_t{1} << 30, (std::int64_t{1} << 30) - 1, (std::int64_t{1} << 31) - 1,
-        std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 58, std::int64_t{1} << 61,
-        kMost,        -kMost - 1};
+    constexpr std::int64_t kEdges[] = {-1,
+                                       std::int64_t{1} << 30,
+                                       (std::int64_t{1} << 30) - 1,
+                                       (std::int64_t{1} << 31) - 1,
+                                       std::int64_t{1} << 31,
+                                       std::int64_t{1} << 32,
+                                       std::int64_t{1} << 58,
+                                       std::int64_t{1} << 61,
+                                       kMost,
+                                       -kMost - 1};
     const int which = below(static_cast<int>(std::size(kEdges)) + 1);
     return which < static_cast<int>(std::size(kEdges)) ? kEdges[which] : raw<std::int64_t>();
   }

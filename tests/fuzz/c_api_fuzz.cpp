@@ -1,6 +1,6 @@
-// The C interface on small problems: every tensor and array stands in memory of exactly its size, where
-// the address sanitizer sees a step outside. Shapes, strides and contents may contradict each other;
-// what is legal runs, forward and backward, on any kernel of this CPU.
+// The C interface on small problems: every tensor and array stands in memory of exactly its size,
+// where the address sanitizer sees a step outside. Shapes, strides and contents may contradict each
+// other; what is legal runs, forward and backward, on any kernel of this CPU.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -29,7 +29,9 @@ void fill(std::byte* data, std::size_t bytes, std::int32_t dtype, std::uint32_t 
     switch (dtype) {
       case HEED_F32: std::memcpy(data + at, &x, 4); break;
       case HEED_F64: std::memcpy(data + at, &wide, 8); break;
-      case HEED_BF16: std::memcpy(data + at, reinterpret_cast<const std::byte*>(&bits) + 2, 2); break;
+      case HEED_BF16:
+        std::memcpy(data + at, reinterpret_cast<const std::byte*>(&bits) + 2, 2);
+        break;
       case HEED_F16: {
         const auto half = static_cast<std::uint16_t>(seed >> 16 & 0xBFFFu);  // below 2 in size
         std::memcpy(data + at, &half, 2);
@@ -72,6 +74,7 @@ class Problem {
   }
 
  private:
+  static constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
   static constexpr std::size_t kMostBytes = 1 << 16;  // of one tensor or array
   static constexpr double kMostWork = 1 << 15;        // pairs of rows, about
 
@@ -103,7 +106,8 @@ class Problem {
       backward_.dsink = bytes_.one_in(2) ? array<float>(heads_q_) : nullptr;
     }
     if (bytes_.one_in(4))
-      forward_.dropout = {bytes_.pick({0.f, 0.1f, 0.5f, 0.99f, 1.f, -1.f}), array<std::uint64_t>(1)};
+      forward_.dropout = {bytes_.pick({0.f, 0.1f, 0.5f, 0.99f, 1.f, -1.f}),
+                          array<std::uint64_t>(1)};
   }
 
   void decode_tensors() {
@@ -163,12 +167,11 @@ class Problem {
     constexpr std::int32_t kDTypes[] = {HEED_F32, HEED_BOOL, HEED_BF16, HEED_F16, HEED_F64};
     const std::int32_t dtype = bytes_.pick(kDTypes);
     const std::int64_t axes[] = {bytes_.one_in(2) ? 1 : entries_, bytes_.one_in(2) ? 1 : heads_q_,
-                                 bytes_.one_in(2)  ? 1
-                                 : packed_q_ ? s.max_seqlen_q
-                                             : seqlen_q_};
+                                 bytes_.one_in(2) ? 1
+                                 : packed_q_      ? s.max_seqlen_q
+                                                  : seqlen_q_};
     forward_.bias = view(dtype, 4, {axes[0], axes[1], axes[2], keys});
-    if (bytes_.one_in(2))
-      backward_.dbias = view(HEED_F32, 4, {axes[0], axes[1], axes[2], keys});
+    if (bytes_.one_in(2)) backward_.dbias = view(HEED_F32, 4, {axes[0], axes[1], axes[2], keys});
   }
 
   // ---- memory ----
@@ -178,18 +181,21 @@ class Problem {
   }
   std::int32_t limit() { return bytes_.one_in(2) ? bytes_.below(50) : HEED_UNBOUNDED; }
   std::int64_t stride_between(std::int64_t elements) {
-    return bytes_.one_in(3) ? 0 : saturated(static_cast<__int128>(elements) + bytes_.below(3));
+    return bytes_.one_in(3) ? 0 : plus(elements, bytes_.below(3));
   }
   static std::int64_t span(std::int64_t entries, std::int64_t stride, std::int64_t elements) {
-    return entries < 1 ? 0 : saturated((static_cast<__int128>(entries) - 1) * stride + elements);
+    return entries < 1 ? 0 : plus(times(entries - 1, stride), elements);
   }
-  static std::int64_t saturated(__int128 x) {
-    constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
-    return x < 0 ? 0 : x > kMost ? kMost : static_cast<std::int64_t>(x);
+  // Of numbers that are not negative, at most 2^63 - 1; a negative one is the result.
+  static std::int64_t plus(std::int64_t a, std::int64_t b) {
+    std::int64_t sum = 0;
+    if (a < 0 || b < 0) return std::min(a, b);
+    return __builtin_add_overflow(a, b, &sum) ? kMost : sum;
   }
-
   static std::int64_t times(std::int64_t a, std::int64_t b) {
-    return a < 0 ? a : b < 0 ? b : saturated(static_cast<__int128>(a) * b);
+    std::int64_t product = 0;
+    if (a < 0 || b < 0) return std::min(a, b);
+    return __builtin_mul_overflow(a, b, &product) ? kMost : product;
   }
 
   // Exactly so many elements; what is too much to allocate is planned and not run.
@@ -218,12 +224,13 @@ class Problem {
     auto* const data = array<std::int32_t>(count);
     if (data == nullptr || too_large_) return data;
     for (std::int64_t i = 0; i < count; ++i)
-      data[i] = bytes_.one_in(32) ? bytes_.raw<std::int32_t>()
-                                  : static_cast<std::int32_t>(bytes_.byte() % (most < 0 ? 1 : most % 256 + 1));
+      data[i] = bytes_.one_in(32)
+                    ? bytes_.raw<std::int32_t>()
+                    : static_cast<std::int32_t>(bytes_.byte() % (most < 0 ? 1 : most % 256 + 1));
     return data;
   }
   const std::int32_t* ascending(std::int64_t total) {
-    auto* const data = array<std::int32_t>(saturated(static_cast<__int128>(entries_) + 1));
+    auto* const data = array<std::int32_t>(plus(entries_, 1));
     if (data == nullptr || too_large_) return data;
     std::int32_t at = 0;
     for (std::int64_t i = 0; i <= entries_; ++i) {
@@ -240,7 +247,8 @@ class Problem {
     return view(dtype_, 4, {batch, rows, heads, dim});
   }
 
-  // A view of memory that ends with its last element; one of the axes may have an odd extent or stride.
+  // A view of memory that ends with its last element; one of the axes may have an odd extent or
+  // stride.
   heed_tensor view(std::int32_t dtype, int rank, const std::int64_t (&shape)[4]) {
     heed_tensor t = HEED_TENSOR_INIT;
     t.dtype = dtype;
@@ -248,11 +256,10 @@ class Problem {
     std::copy_n(shape, 4, t.shape);
     if (bytes_.one_in(48)) t.shape[bytes_.below(4)] = extent(20);
     const int order = bytes_.below(4);  // 0 to 2: row-major; 3: heads before tokens
-    __int128 step = 1;
+    std::int64_t step = 1;
     const auto put = [&](int axis, std::int64_t gap) {
-      t.stride[axis] = saturated(step);
-      step = step * t.shape[axis] + gap;
-      if (step > std::int64_t{1} << 62 || step < 0) step = std::int64_t{1} << 62;
+      t.stride[axis] = step;
+      step = plus(times(std::max<std::int64_t>(t.shape[axis], 1), step), gap);
     };
     const std::int64_t gap = order == 2 ? bytes_.below(5) : 0;
     put(rank - 1, gap);
@@ -261,20 +268,14 @@ class Problem {
     if (rank == 4) put(0, gap);
     if (bytes_.one_in(24)) t.stride[bytes_.below(4)] = bytes_.one_in(2) ? bytes_.extreme() : 0;
 
-    __int128 elements = 1;
-    for (int d = 0; d < rank; ++d) {
-      if (t.shape[d] < 1) {
-        elements = 0;
-        break;
-      }
-      // Clamped, so that four such products still fit.
-      const __int128 reach = (static_cast<__int128>(t.shape[d]) - 1) * t.stride[d];
-      elements += reach < 0 ? 0 : reach > std::numeric_limits<std::int64_t>::max()
-                                       ? std::numeric_limits<std::int64_t>::max()
-                                       : reach;
-    }
+    std::int64_t elements = 1;
+    for (int d = 0; d < rank && elements > 0; ++d)
+      elements =
+          t.shape[d] < 1
+              ? 0
+              : plus(elements, std::max<std::int64_t>(times(t.shape[d] - 1, t.stride[d]), 0));
     const std::size_t size = element_bytes(dtype);
-    std::byte* const data = memory(saturated(elements), size);
+    std::byte* const data = memory(elements, size);
     if (!too_large_) fill(data, static_cast<std::size_t>(elements) * size, dtype, bytes_.byte());
     t.data = bytes_.one_in(64) ? nullptr : data;
     if (bytes_.one_in(64) && t.data != nullptr) {

@@ -1,5 +1,5 @@
-// The planner on structs of any bytes: pointers lead to memory that nobody may touch, devices and options
-// are invented.
+// The planner on structs of any bytes: pointers lead to memory that nobody may touch, devices and
+// options are invented.
 #include <sys/mman.h>
 
 #include "fuzz/bytes.hpp"
@@ -24,8 +24,8 @@ class Decoder {
     heed_options o = HEED_OPTIONS_INIT;
     o.splits = bytes_.one_in(4) ? bytes_.raw<std::int32_t>() : bytes_.below(9);
     o.deterministic = bytes_.below(2);
-    constexpr const char* kNames[] = {nullptr, nullptr, nullptr, nullptr, "scalar", "sm80/decode",
-                                      "reference", "", "no kernel"};
+    constexpr const char* kNames[] = {nullptr,       nullptr,     nullptr, nullptr,    "scalar",
+                                      "sm80/decode", "reference", "",      "no kernel"};
     o.force = bytes_.pick(kNames);
     if (bytes_.one_in(64)) o.size = bytes_.byte();
     return o;
@@ -94,8 +94,9 @@ class Decoder {
   // sizes_: batch, heads, seqlen_q, head_dim, seqlen_k, head_dim_v.
   std::int64_t extent() { return bytes_.one_in(8) ? bytes_.extreme() : bytes_.byte(); }
   std::int32_t limit() {
-    return bytes_.one_in(8) ? bytes_.raw<std::int32_t>()
-                            : bytes_.one_in(2) ? HEED_UNBOUNDED : bytes_.byte();
+    return bytes_.one_in(8)   ? bytes_.raw<std::int32_t>()
+           : bytes_.one_in(2) ? HEED_UNBOUNDED
+                              : bytes_.byte();
   }
 
   // Somewhere in a region that can be neither read nor written.
@@ -117,8 +118,7 @@ class Decoder {
   }
 
   heed_tensor tensor(std::size_t rows, std::size_t channels) {
-    const std::int64_t heads =
-        rows == 4 && bytes_.one_in(2) ? bytes_.below(9) : sizes_[1];
+    const std::int64_t heads = rows == 4 && bytes_.one_in(2) ? bytes_.below(9) : sizes_[1];
     const std::int64_t four[] = {sizes_[0], sizes_[rows], heads, sizes_[channels]};
     heed_tensor t = HEED_TENSOR_INIT;
     t.data = address<void>();

@@ -25,8 +25,7 @@ struct Neon {
     return vreinterpretq_f32_u32(vshll_n_u16(half, 16));
   }
   static Vec load(const f16* p) {
-    return vcvt_f32_f16(
-        vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p))));
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p))));
   }
   static void store(float* p, Vec x) { vst1q_f32(p, x); }
   static void store(bf16* p, Vec x) {

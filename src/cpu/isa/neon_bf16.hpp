@@ -26,9 +26,7 @@ struct NeonBf16 : Neon {
     return acc;
   }
   using Neon::store;
-  static void store(bf16* p, Vec x) {
-    vst1_u16(reinterpret_cast<std::uint16_t*>(p), rounded(x));
-  }
+  static void store(bf16* p, Vec x) { vst1_u16(reinterpret_cast<std::uint16_t*>(p), rounded(x)); }
   // Words that pair the lanes of two rows: even in the low half.
   static void store_zipped(std::uint32_t* p, Vec even, Vec odd) {
     store_zipped(p, rounded(even), rounded(odd));
