@@ -116,7 +116,7 @@ fuzz: build-fuzz  ## the fuzz targets for SECONDS_EACH (an hour); what is new go
 	@set -e; for target in plan c_api; do \
 	  build/fuzz/tests/fuzz/fuzz_$$target -max_len=400 -len_control=0 -timeout=30 -rss_limit_mb=4096 \
 	    -max_total_time=$(SECONDS_EACH) -artifact_prefix=build/fuzz/$$target- \
-	    build/fuzz/tests/fuzz/found/$$target tests/fuzz/corpus/$$target; done
+	    build/fuzz/found/$$target tests/fuzz/corpus/$$target; done
 
 bench: $(HERE)  ## measure the CPU kernels beside PyTorch
 	$(VENV)/bin/python benchmarks/cpu/bench.py

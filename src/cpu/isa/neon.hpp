@@ -14,7 +14,7 @@ struct Neon {
   static constexpr Arch kArch = Arch::neon;
   static constexpr int kLanes = 4;
   // 12 x 2 accumulators + 2 + 1 of 32 registers. 24 sums in flight hide a latency of 4 to 6 cycles
-  // on cores that start 4 multiply-adds a cycle; not measured, for want of such a machine.
+  // on cores that start 4 multiply-adds a cycle; not measured.
   static constexpr int kMicroRows = 12;
   static constexpr bool kHasBf16Dot = false;
   using Vec = float32x4_t;
