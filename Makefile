@@ -8,6 +8,8 @@ ARCHS ?= all
 TOOL ?= memcheck
 SUBSET ?= */size_97x193_causal:*/layout_*
 QUERY ?= Why does a violin sound different from a flute?
+# For fuzz: how long each target runs.
+SECONDS_EACH ?= 3600
 # RECORD=1 writes versions and numbers of tests to benchmarks/results/tests.json.
 RECORD ?=
 REPORTS := $(abspath build/reports)
@@ -34,7 +36,8 @@ record = $(if $(RECORD),$(1)/bin/python scripts/record_tests.py $(2) --command "
 
 .PHONY: help demo test test-cpp test-python test-oldest wheel hub test-gpu test-gpu-cpp test-gpu-python \
   test-multi-gpu bench-multi-gpu \
-  sanitize-gpu asan test-aarch64 bench bench-gpu finetune docs clean distclean build-ci gpu always
+  sanitize-gpu asan tsan test-aarch64 fuzz-short fuzz bench bench-gpu finetune docs clean distclean \
+  build-ci build-fuzz gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
 .NOTPARALLEL:
@@ -92,12 +95,28 @@ asan: $(VENV)/.packages  ## the C++ part on the CPU under AddressSanitizer and U
 	$(PATHS) cmake --build --preset asan
 	$(PATHS) ctest --preset asan
 
+tsan: $(VENV)/.packages  ## the thread pool and the interfaces under ThreadSanitizer
+	scripts/setup_headers.sh $(VENV)/bin/python
+	$(PATHS) cmake --preset tsan
+	$(PATHS) cmake --build --preset tsan
+	$(PATHS) ctest --preset tsan
+
 test-aarch64: $(VENV)/.packages  ## cross-compile the C++ part on the CPU for aarch64 and run it in qemu
-	@command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null && test -d /usr/src/googletest || { echo \
-	  "this needs (Debian): apt-get install g++-aarch64-linux-gnu qemu-user libgtest-dev" >&2; exit 1; }
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 && test -d /usr/src/googletest; } >/dev/null || \
+	  scripts/setup_debian.sh "test-aarch64 needs a cross compiler, an emulator and GoogleTest's sources" \
+	  g++-aarch64-linux-gnu qemu-user libgtest-dev
 	$(PATHS) cmake --preset aarch64
 	$(PATHS) cmake --build --preset aarch64
-	$(PATHS) ctest --preset aarch64
+	$(PATHS) ctest --preset aarch64 -j $$(nproc)
+
+fuzz-short: build-fuzz  ## a short, repeatable run of the fuzz targets under AddressSanitizer and UBSan
+	$(PATHS) ctest --preset fuzz
+
+fuzz: build-fuzz  ## the fuzz targets for SECONDS_EACH (an hour); what is new goes to build/fuzz/found
+	@set -e; for target in plan c_api; do \
+	  build/fuzz/tests/fuzz/fuzz_$$target -max_len=400 -len_control=0 -timeout=30 -rss_limit_mb=4096 \
+	    -max_total_time=$(SECONDS_EACH) -artifact_prefix=build/fuzz/$$target- \
+	    build/fuzz/found/$$target tests/fuzz/corpus/$$target; done
 
 bench: $(HERE)  ## measure the CPU kernels beside PyTorch
 	$(VENV)/bin/python benchmarks/cpu/bench.py
@@ -114,7 +133,8 @@ finetune: $(HERE) $(VENV)/.model  ## fine-tune a small BERT and a small Llama wi
 	$(VENV)/bin/python examples/05_finetune.py
 
 docs: $(VENV)/.docs  ## the documentation as a site in build/docs; a warning is an error
-	scripts/setup_doxygen.sh
+	@command -v doxygen >/dev/null || \
+	  scripts/setup_debian.sh "the pages of the C++ and C headers need doxygen" doxygen
 	mkdir -p build && doxygen scripts/Doxyfile
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
@@ -128,6 +148,12 @@ build-ci: $(VENV)/.packages
 	scripts/setup_headers.sh $(VENV)/bin/python
 	$(WITH_CUDA) cmake --preset ci -DHEED_CUDA_ARCHS="$(ARCHS)" -DPython_EXECUTABLE="$(abspath $(VENV))/bin/python"
 	$(PATHS) cmake --build --preset ci
+
+build-fuzz: $(VENV)/.packages
+	@echo 'int main() {}' | clang++ -fsanitize=address -x c++ -o /dev/null - 2>/dev/null || \
+	  scripts/setup_debian.sh "the fuzz targets need clang and its sanitizers" clang libclang-rt-14-dev
+	$(PATHS) cmake --preset fuzz
+	$(PATHS) cmake --build --preset fuzz
 
 gpu:
 	@nvidia-smi -L >/dev/null 2>&1 || \

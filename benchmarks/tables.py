@@ -14,20 +14,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+COMMON = ("scalar", "reference")  # kernels of any CPU
 GPU_FAMILIES = {"sm80": "NVIDIA GPUs of sm_80 and newer", "sm90": "Hopper: H100, H200"}
 
 
 def support_table(data: dict) -> str:
-    """One line per family of the table of kernels, as `heed list --json` prints it."""
+    """One line per family of the tables of kernels, as `heed list --json` prints them on x86-64 and
+    on aarch64."""
     lines = ["| kernels | passes | tensors | head_dim |", "|---|---|---|---|"]
-    for arch in dict.fromkeys(row["arch"] for row in data["kernels"]):
-        rows = [row for row in data["kernels"] if row["arch"] == arch]
+    aarch64 = json.loads((ROOT / "benchmarks" / "results" / "kernels_aarch64.json").read_text())
+    kernels = [row for row in data["kernels"] if row["arch"] not in COMMON]
+    kernels += aarch64["kernels"]
+    for arch in dict.fromkeys(row["arch"] for row in kernels):
+        rows = [row for row in kernels if row["arch"] == arch]
         passes = dict.fromkeys(row["pass"] for row in rows)
         dtypes = dict.fromkeys(row["dtype"] for row in rows)
         dots = [
             row["dtype"] for row in rows if row["pass"] == "forward" and row["operand"] == "bf16"
         ]
-        note = GPU_FAMILIES.get(arch, "bf16 dot products" if dots else "")
+        notes = ["aarch64"] if arch.startswith("neon") else []
+        notes += ["bf16 dot products"] if dots else []
+        note = GPU_FAMILIES.get(arch, ", ".join(notes))
         # The rows of a GPU are one per head_dim, the last for all that are smaller.
         most = min(max(r["max_head_dim"] for r in rows if r["pass"] == name) for name in passes)
         lines.append(

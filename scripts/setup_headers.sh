@@ -18,12 +18,4 @@ for header in "${!package_of[@]}"; do
     missing+=("${package_of[$header]}")
 done
 ((${#missing[@]})) || exit 0
-
-if ((EUID == 0)) && command -v apt-get >/dev/null; then
-  echo "setup: installing ${missing[*]}"
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-else
-  echo "setup: the tests need these headers (Debian): apt-get install ${missing[*]}" >&2
-  exit 1
-fi
+"$(dirname "$0")/setup_debian.sh" "the tests need these headers" "${missing[@]}"

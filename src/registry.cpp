@@ -24,8 +24,8 @@ int most_head_dim_v(const KernelRow& row) {
 }  // namespace
 
 const char* name_of(Arch arch) {
-  constexpr std::array kNames{"reference", "scalar", "avx2", "avx512", "avx512_bf16",
-                              "neon",      "sm80",   "sm90", "sm100",  "sm120"};
+  constexpr std::array kNames{"reference", "scalar", "avx2", "avx512", "avx512_bf16", "neon",
+                              "neon_bf16", "sm80",   "sm90", "sm100",  "sm120"};
   return kNames[static_cast<std::size_t>(arch)];
 }
 
@@ -46,15 +46,16 @@ std::string name_of(const KernelRow& row) {
 }
 
 std::span<const KernelRow> registry() {
-  static const std::vector<KernelRow> table = [] {
+  // Never destroyed, because the caller's threads may compute until the last moment.
+  static const std::vector<KernelRow>& table = *new auto([] {
     std::vector<KernelRow> rows;
 #define HEED_KERNELS(group) \
   for (const KernelRow& row : group()) rows.push_back(row);
 #include "kernel_list.inc"
 #undef HEED_KERNELS
-    std::ranges::stable_partition(rows, is_gpu);
+    std::stable_partition(rows.begin(), rows.end(), is_gpu);  // clang 14 lacks the ranges one
     return rows;
-  }();
+  }());
   return table;
 }
 
@@ -63,14 +64,13 @@ std::span<const KernelRow> registry_of(Arch arch) {
   return arch >= Arch::sm80 ? registry().first(num_gpu) : registry().subspan(num_gpu);
 }
 
-// x86 sets contain each other in the order of the enumeration; NEON stands alone. Kernels of a
+// The sets of one kind of processor contain each other in the order of the enumeration. Kernels of a
 // later GPU than sm80 use instructions that only its own family has.
 bool serves(Arch row, Arch device) {
   if (row == device) return true;
   if (device >= Arch::sm80) return row == Arch::sm80;
-  if (row == Arch::reference) return true;
-  if (device == Arch::neon) return row == Arch::scalar;
-  return row < device;
+  if (row > device) return false;
+  return row <= Arch::scalar || device < Arch::neon || row >= Arch::neon;
 }
 
 int most_smem_bytes(Arch arch) {

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "api/validate.hpp"
+#include "cpu/arithmetic.hpp"
 #include "cpu/device.hpp"
 #include "registry.hpp"
 
@@ -16,7 +17,7 @@ Status check_device(const Plan& plan, Queue queue) {
     return {Code::invalid, std::string("queue is ") + (queue.on_gpu ? "a CUDA stream" : "the CPU") +
                                ", the plan is for " + name_of(plan.row->arch)};
   if (!queue.on_gpu) {
-    if (plan.row->arch <= cpu::best_arch()) return {};
+    if (serves(plan.row->arch, cpu::best_arch())) return {};
     return {Code::unsupported, std::string("plan is for ") + name_of(plan.row->arch) +
                                    ", this CPU offers up to " + name_of(cpu::best_arch())};
   }
@@ -60,8 +61,9 @@ Status run(const Plan& plan, const ForwardProblem& problem, Workspace workspace,
   if (plan.row->forward == nullptr)
     return {Code::invalid, "plan is for a backward problem: " + describe(plan)};
   // Arrays on a GPU are not read here: its kernels clamp them.
-  if (!is_gpu(plan))
-    if (Status s = validate_contents(problem); !s.ok()) return s;
+  if (is_gpu(plan)) return plan.row->forward(plan, problem, workspace, queue);
+  if (Status s = validate_contents(problem); !s.ok()) return s;
+  const cpu::StandardArithmetic arithmetic;
   return plan.row->forward(plan, problem, workspace, queue);
 }
 
@@ -70,8 +72,9 @@ Status run(const Plan& plan, const BackwardProblem& problem, Workspace workspace
   if (plan.row->backward == nullptr)
     return {Code::invalid, "plan is for a forward problem: " + describe(plan)};
   // Arrays on a GPU are not read here: its kernels clamp them.
-  if (!is_gpu(plan))
-    if (Status s = validate_contents(problem); !s.ok()) return s;
+  if (is_gpu(plan)) return plan.row->backward(plan, problem, workspace, queue);
+  if (Status s = validate_contents(problem); !s.ok()) return s;
+  const cpu::StandardArithmetic arithmetic;
   return plan.row->backward(plan, problem, workspace, queue);
 }
 

@@ -3,11 +3,16 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #include <cstdlib>
 #include <cstring>
 #include <string>
+
+#include "registry.hpp"
 
 namespace heed {
 namespace cpu {
@@ -26,8 +31,12 @@ Arch detected_arch() {
   if (avx512 && __builtin_cpu_supports("avx512bf16")) return Arch::avx512_bf16;
   if (avx512) return Arch::avx512;
   if (avx2) return Arch::avx2;
-#endif
   return Arch::scalar;
+#elif defined(__aarch64__)
+  return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0 ? Arch::neon_bf16 : Arch::neon;
+#else
+  return Arch::scalar;
+#endif
 }
 
 }  // namespace
@@ -44,10 +53,12 @@ Result<Device> Device::cpu() {
   Device device{.arch = detected, .units = Executor::pool().concurrency()};
   const char* forced = std::getenv("HEED_FORCE_ISA");
   if (forced == nullptr || *forced == '\0') return device;
-  for (const Arch arch :
-       {Arch::reference, Arch::scalar, Arch::avx2, Arch::avx512, Arch::avx512_bf16}) {
+  std::string names;
+  for (int i = 0; i < static_cast<int>(Arch::sm80); ++i) {
+    const auto arch = static_cast<Arch>(i);
+    names += std::string(i == 0 ? "" : ", ") + name_of(arch);
     if (std::strcmp(forced, name_of(arch)) != 0) continue;
-    if (arch > detected)
+    if (!serves(arch, detected))
       return Status(Code::unsupported, std::string("HEED_FORCE_ISA = ") + forced +
                                            " is not available: this CPU offers up to " +
                                            name_of(detected));
@@ -55,8 +66,7 @@ Result<Device> Device::cpu() {
     return device;
   }
   return Status(Code::invalid,
-                std::string("HEED_FORCE_ISA = ") + forced +
-                    " must be one of reference, scalar, avx2, avx512, avx512_bf16");
+                std::string("HEED_FORCE_ISA = ") + forced + " must be one of " + names);
 }
 
 }  // namespace heed

@@ -2,12 +2,14 @@
 #include "cpu/executor.hpp"
 
 #include <pthread.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace heed {
@@ -42,42 +44,16 @@ class Signal {
 
 class Pool final : public Executor {
  public:
-  Pool() : concurrency_(default_threads()), owner_(getpid()) {}
-
-  ~Pool() override {
-    if (getpid() != owner_) {  // a forked child has the objects but not the threads
-      for (std::thread& t : threads_) t.detach();
-      return;
-    }
-    {
-      const std::lock_guard lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& t : threads_) t.join();
-  }
-
   int concurrency() const override { return concurrency_; }
 
   void run(int workers, void (*body)(void*, int), void* context) override {
-    // A second caller, a nested call and a forked child do all the work themselves.
+    // A second caller and a nested call do all the work themselves, and everyone does at the end.
     std::unique_lock use(in_use_, std::defer_lock);
-    if (workers <= 1 || getpid() != owner_ || inside_ || !use.try_lock()) {
+    if (workers <= 1 || inside_ || !use.try_lock() || !offer(workers, body, context)) {
       for (int w = 0; w < workers; ++w) body(context, w);
       return;
     }
     inside_ = true;
-    {
-      const std::lock_guard lock(mutex_);
-      while (static_cast<int>(threads_.size()) < std::min(workers, concurrency_) - 1)
-        threads_.emplace_back([this] { serve(); });
-      body_ = body;
-      context_ = context;
-      next_ = 1;
-      end_ = workers;
-      pending_ = workers - 1;
-    }
-    wake_.notify_all();
     body(context, 0);
     std::unique_lock lock(mutex_);
     while (next_ < end_) run_one(lock);
@@ -85,7 +61,57 @@ class Pool final : public Executor {
     inside_ = false;
   }
 
+  // The end of the process, or of the library in it. Nobody waits for himself.
+  void stop() {
+    if (inside_) return;
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& t : threads_) t.join();
+    threads_.clear();
+  }
+
+  // In a forked child, whose only thread is the caller: forgets the parent's threads and the locks
+  // that they may hold. Threads of its own start when they are first wanted.
+  void begin_child() {
+    new (&left_behind_) std::vector<std::thread>(std::move(threads_));  // neither joined nor freed
+    new (&in_use_) std::mutex;
+    new (&mutex_) std::mutex;
+    new (&wake_) Signal;
+    new (&done_) Signal;
+    next_ = end_ = pending_ = 0;
+  }
+
  private:
+  // Puts the workers after the first where threads find them, unless there are none any more.
+  bool offer(int workers, void (*body)(void*, int), void* context) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (stop_) return false;
+      while (static_cast<int>(threads_.size()) < std::min(workers, concurrency_) - 1)
+        if (!start_thread()) break;
+      body_ = body;
+      context_ = context;
+      next_ = 1;
+      end_ = workers;
+      pending_ = workers - 1;
+    }
+    wake_.notify_all();
+    return true;
+  }
+
+  // Where the system has no more threads, those there are do all the work.
+  bool start_thread() {
+    try {
+      threads_.emplace_back([this] { serve(); });
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }
+
   // Takes the next worker index; called and returns with the lock held.
   void run_one(std::unique_lock<std::mutex>& lock) {
     const int worker = next_++;
@@ -109,9 +135,8 @@ class Pool final : public Executor {
 
   static thread_local bool inside_;
 
-  const int concurrency_;
-  const pid_t owner_;
-  std::vector<std::thread> threads_;
+  const int concurrency_ = default_threads();
+  std::vector<std::thread> threads_, left_behind_;
   std::mutex in_use_;
   std::mutex mutex_;
   Signal wake_, done_;
@@ -128,7 +153,15 @@ thread_local bool Pool::inside_ = false;
 }  // namespace
 
 Executor& Executor::pool() {
-  static Pool pool;
+  // Never destroyed, because the caller's threads may compute until the last moment.
+  static Pool& pool = []() -> Pool& {
+    static Pool& made = *new Pool;
+    pthread_atfork(nullptr, nullptr, [] { made.begin_child(); });
+    static const struct Ending {
+      ~Ending() { made.stop(); }
+    } ending;
+    return made;
+  }();
   return pool;
 }
 

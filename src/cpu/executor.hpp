@@ -4,12 +4,13 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/arithmetic.hpp"
 #include "heed/plan.hpp"
 
 namespace heed::cpu {
 
 // Calls body(task, worker) once for every task in [0, tasks), from at most `workers` workers, in
-// order of the index as workers come free.
+// order of the index as workers come free. The caller computes in StandardArithmetic, and so do they.
 template <class Body>
 void parallel_for(Executor& executor, int workers, std::int64_t tasks, const Body& body) {
   if (tasks <= 0) return;
@@ -26,6 +27,7 @@ void parallel_for(Executor& executor, int workers, std::int64_t tasks, const Bod
   executor.run(
       workers,
       [](void* context, int worker) {
+        const StandardArithmetic arithmetic;
         auto& s = *static_cast<Shared*>(context);
         for (std::int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;)
           s.body(task, worker);

@@ -122,6 +122,7 @@ inline bool has_gaps(const ForwardProblem& p) {
 // Zeroes every head of one token; `token` counts through the batch.
 template <class Element>
 void zero_token(const TensorView& x, std::int64_t token) {
+  if (x.heads() == 0) return;  // x.data may be null
   auto* row = static_cast<Element*>(x.data) + token / x.seqlen() * x.batch_stride() +
               token % x.seqlen() * x.seqlen_stride();
   for (std::int64_t head = 0; head < x.heads(); ++head)

@@ -1,7 +1,11 @@
 // Threads of the caller: every worker runs once, and no result depends on how many there are.
 #include <gtest/gtest.h>
+#include <pthread.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 
@@ -108,15 +112,114 @@ TEST(Executors, PoolRunsEveryWorkerOnce) {
   }
 }
 
-TEST(Executors, CallsFromSeveralThreadsAtOnce) {
-  const std::vector<float> expected = results({.arch = Device::cpu()->arch, .units = 2}, {});
-  std::array<std::vector<float>, 4> got;
+const Device& two_workers() {
+  static const Device device{.arch = Device::cpu()->arch, .units = 2};
+  return device;
+}
+
+// Returns when two workers are in it at the same time.
+void meet(void* context, int /*worker*/) {
+  auto& arrived = *static_cast<std::atomic<int>*>(context);
+  ++arrived;
+  while (arrived < 2) std::this_thread::yield();
+}
+
+TEST(Executors, CallsFromManyThreadsAtOnce) {
+  const std::vector<float> expected = results(two_workers(), {});
+  std::array<std::vector<float>, 16> got;
   std::vector<std::thread> threads;
-  for (std::vector<float>& result : got)
-    threads.emplace_back(
-        [&result] { result = results({.arch = Device::cpu()->arch, .units = 2}, {}); });
+  for (std::size_t i = 0; i < got.size(); ++i)
+    threads.emplace_back([&result = got[i], i] {
+      CountingExecutor own(2, false);
+      // Some with the pool, some with threads of their own; each plans too.
+      result = results(two_workers(), i % 4 == 3 ? Queue(own) : Queue());
+    });
   for (std::thread& thread : threads) thread.join();
   for (const std::vector<float>& result : got) EXPECT_EQ(result, expected);
+}
+
+TEST(Executors, ACallInsideThePool) {
+  const std::vector<float> expected = results(two_workers(), {});
+  std::array<std::vector<float>, 4> got;
+  Executor::pool().run(
+      static_cast<int>(got.size()),
+      [](void* context, int worker) {
+        static_cast<std::vector<float>*>(context)[worker] = results(two_workers(), {});
+      },
+      got.data());
+  for (const std::vector<float>& result : got) EXPECT_EQ(result, expected);
+}
+
+// Ends a forked child that hangs.
+constexpr unsigned kHangSeconds = 300;
+
+// Calls body in a forked child, which must end with status 0.
+template <class Body>
+void expect_child(const Body& body) {
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(kHangSeconds);
+    body();
+    _exit(testing::Test::HasFailure() ? 1 : 0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
+}
+
+TEST(Processes, AForkedChildHasThreadsOfItsOwn) {
+  const std::vector<float> expected = results(two_workers(), {});
+  expect_child([&] {
+    EXPECT_EQ(results(two_workers(), {}), expected);
+    std::atomic<int> arrived{0};
+    if (Executor::pool().concurrency() >= 2) Executor::pool().run(2, meet, &arrived);
+    expect_child([&] { EXPECT_EQ(results(two_workers(), {}), expected); });
+  });
+  EXPECT_EQ(results(two_workers(), {}), expected);
+}
+
+TEST(Processes, AChildForkedWhileThePoolRuns) {
+  const std::vector<float> expected = results(two_workers(), {});
+  std::atomic<bool> stop{false};
+  std::atomic<int> calls{0};
+  std::thread other([&] {
+    for (; !stop; ++calls)
+      Executor::pool().run(
+          2, [](void* /*context*/, int /*worker*/) {}, nullptr);
+  });
+  for (int i = 0; i < 10; ++i) {
+    for (const int seen = calls; calls == seen;) std::this_thread::yield();
+    expect_child([&] { EXPECT_EQ(results(two_workers(), {}), expected); });
+  }
+  stop = true;
+  other.join();
+}
+
+TEST(Processes, AnExitWhileThePoolRuns) {
+  expect_child([] {
+    std::atomic<int> calls{0};
+    std::thread([&calls] {
+      SmallProblem small(kSizes);
+      const Plan made = plan(small.forward, two_workers()).value();
+      Scratch scratch(made.workspace_bytes);
+      for (;; ++calls) EXPECT_TRUE(run(made, small.forward, scratch.workspace()).ok());
+    }).detach();
+    while (calls < 3) std::this_thread::yield();
+    std::exit(0);
+  });
+}
+
+TEST(Processes, WithoutMoreThreadsTheCallerDoesTheWork) {
+  const std::vector<float> expected = results(two_workers(), {});
+  expect_child([&] {
+    pthread_attr_t stack_too_large;
+    pthread_attr_init(&stack_too_large);
+    ASSERT_EQ(pthread_attr_setstacksize(&stack_too_large, std::size_t{1} << 60), 0);
+    ASSERT_EQ(pthread_setattr_default_np(&stack_too_large), 0);
+    EXPECT_THROW(std::thread([] {}).join(), std::system_error);
+    EXPECT_EQ(results(two_workers(), {}), expected);
+  });
 }
 
 }  // namespace

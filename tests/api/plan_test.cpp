@@ -143,6 +143,38 @@ TEST(Plans, ForADeviceWithoutKernelsAreRefused) {
   }
 }
 
+TEST(Plans, ForAnAbsurdNumberOfThreadsAreRefused) {
+  const SmallProblem small;
+  for (const int units : {-1, 0, 65537, 1 << 30}) {
+    const Status s = plan(small.forward, {.arch = Arch::scalar, .units = units}).status();
+    EXPECT_EQ(s.code(), Code::invalid);
+    EXPECT_EQ(s.message(), "device.units = " + std::to_string(units) +
+                               " must be in [1, 65536]: threads of a CPU, multiprocessors of a GPU");
+  }
+  EXPECT_TRUE(plan(small.forward, {.arch = Arch::scalar, .units = 65536}).ok());
+}
+
+// Tensors that repeat in memory are legal at any size, and so are empty ones.
+TEST(Plans, WhoseMemoryCannotBeCountedAreRefused) {
+  SmallProblem small;
+  const std::int64_t most = (std::int64_t{1} << 31) - 1;
+  for (ConstTensorView* x : {&small.forward.k, &small.forward.v}) {
+    x->shape = {2, (1 << 30) - 1, most, x->head_dim()};
+    x->stride = {0, 0, 0, 1};
+  }
+  small.forward.q.shape[1] = small.forward.out.shape[1] = 0;
+  small.forward.q.shape[2] = small.forward.out.shape[2] = most;
+  const Status s = plan(small.forward, {}).status();
+  EXPECT_EQ(s.code(), Code::unsupported);
+  EXPECT_EQ(s.message(),
+            "k.heads = 2147483647 times 2147483646 tokens of all batch entries must be at most "
+            "1099511627776");
+  small.forward.q.shape[0] = small.forward.out.shape[0] = small.forward.k.shape[0] =
+      small.forward.v.shape[0] = most;
+  EXPECT_EQ(plan(small.forward, {}).status().message(),
+            "q.heads = 2147483647 times 2147483647 batch entries must be at most 4294967296");
+}
+
 // ---- which problems Hopper's own kernels take; planning reads no tensor ----
 
 constexpr Device kH200{.arch = Arch::sm90, .units = 132};
@@ -304,13 +336,16 @@ TEST(Devices, EnvironmentLowersTheInstructionSet) {
   const Status s = Device::cpu().status();
   EXPECT_EQ(s.code(), Code::invalid);
   EXPECT_EQ(s.message(),
-            "HEED_FORCE_ISA = mmx must be one of reference, scalar, avx2, avx512, avx512_bf16");
+            "HEED_FORCE_ISA = mmx must be one of reference, scalar, avx2, avx512, avx512_bf16, neon, "
+            "neon_bf16");
 }
+
+// An instruction set of processors that this one is not.
+Arch of_another_cpu() { return Device::cpu()->arch >= Arch::neon ? Arch::avx2 : Arch::neon; }
 
 TEST(Devices, AnInstructionSetTheMachineLacksIsRefused) {
   const Arch here = Device::cpu()->arch;
-  if (here >= Arch::avx512_bf16) GTEST_SKIP() << "this CPU has every set";
-  const Environment forced("HEED_FORCE_ISA", "avx512_bf16");
+  const Environment forced("HEED_FORCE_ISA", name_of(of_another_cpu()));
   const Status s = Device::cpu().status();
   EXPECT_EQ(s.code(), Code::unsupported);
   EXPECT_NE(s.message().find(std::string("this CPU offers up to ") + name_of(here)),
@@ -322,13 +357,17 @@ TEST(Plans, ForACpuThisIsNotAreRefused) {
   const Result<Plan> made = plan(small.forward, *Device::cpu());
   ASSERT_TRUE(made.ok());
   KernelRow row = *made->row;
-  row.arch = Arch::neon;
+  row.arch = of_another_cpu();
   Plan foreign = *made;
   foreign.row = &row;
   Scratch scratch(foreign.workspace_bytes);
   const Status s = run(foreign, small.forward, scratch.workspace());
   EXPECT_EQ(s.code(), Code::unsupported);
-  EXPECT_EQ(s.message().rfind("plan is for neon, this CPU offers up to ", 0), 0u) << s.message();
+  EXPECT_EQ(s.message().rfind(std::string("plan is for ") + name_of(row.arch) +
+                                  ", this CPU offers up to ",
+                              0),
+            0u)
+      << s.message();
 }
 
 }  // namespace

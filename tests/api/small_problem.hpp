@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "heed/heed.hpp"
+#include "registry.hpp"
 #include "support/random.hpp"
 
 namespace heed::test {
@@ -145,9 +146,9 @@ Status plan_and_run(const Problem& problem, const Device& device, const Options&
 // Every CPU device that this machine can be.
 inline std::vector<Device> cpu_devices() {
   std::vector<Device> devices;
-  for (const Arch arch :
-       {Arch::reference, Arch::scalar, Arch::avx2, Arch::avx512, Arch::avx512_bf16})
-    if (arch <= Device::cpu().value().arch) devices.push_back({.arch = arch, .units = 2});
+  for (int i = 0; i < static_cast<int>(Arch::sm80); ++i)
+    if (const auto arch = static_cast<Arch>(i); serves(arch, Device::cpu()->arch))
+      devices.push_back({.arch = arch, .units = 2});
   return devices;
 }
 

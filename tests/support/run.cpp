@@ -121,7 +121,7 @@ bool machine_runs(const KernelRow& row) {
     return false;
   }
   const Arch arch = machine(1).arch;
-  if (row.arch == Arch::reference || row.arch <= arch) return true;
+  if (heed::serves(row.arch, arch)) return true;
   if (told.insert(row.arch).second)
     std::printf("[ NOT RUN  ] kernels of %s: this machine offers %s\n", name_of(row.arch),
                 name_of(arch));

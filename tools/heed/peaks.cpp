@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace heed::tool {
@@ -75,12 +77,39 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) double bf16_avx5
   for (const __m512& sum : sums) *sink += _mm512_cvtss_f32(sum);
   return 2.0 * 32 * kChains * static_cast<double>(kSteps);
 }
+#elif defined(__aarch64__)
+constexpr int kNeonChains = 24;  // four instructions a clock, each of up to 6 clocks
+
+double fma_neon(float* sink) {
+  const float32x4_t half = vdupq_n_f32(0.5f);
+  float32x4_t sums[kNeonChains];
+  for (float32x4_t& sum : sums) sum = vdupq_n_f32(1.f);
+  for (std::int64_t step = 0; step < kSteps; ++step)
+#pragma GCC unroll 24
+    for (int i = 0; i < kNeonChains; ++i) sums[i] = vfmaq_f32(half, sums[i], half);
+  for (const float32x4_t& sum : sums) *sink += vgetq_lane_f32(sum, 0);
+  return 2.0 * 4 * kNeonChains * static_cast<double>(kSteps);
+}
+
+double bf16_neon(float* sink) {
+  const uint32x4_t half = vdupq_n_u32(0x3F003F00);  // two bf16
+  float32x4_t sums[kNeonChains];
+  for (float32x4_t& sum : sums) sum = vdupq_n_f32(0.f);
+  for (std::int64_t step = 0; step < kSteps; ++step)
+#pragma GCC unroll 24
+    for (int i = 0; i < kNeonChains; ++i)
+      asm(".arch_extension bf16\n\tbfdot %0.4s, %1.8h, %1.8h" : "+w"(sums[i]) : "w"(half));
+  for (const float32x4_t& sum : sums) *sink += vgetq_lane_f32(sum, 0);
+  return 2.0 * 8 * kNeonChains * static_cast<double>(kSteps);
+}
 #endif
 
 Loop fma_loop(Arch arch) {
 #if defined(__x86_64__)
   if (arch == Arch::avx512 || arch == Arch::avx512_bf16) return fma_avx512;
   if (arch == Arch::avx2) return fma_avx2;
+#elif defined(__aarch64__)
+  if (arch == Arch::neon || arch == Arch::neon_bf16) return fma_neon;
 #endif
   (void)arch;
   return fma_scalar;
@@ -89,6 +118,8 @@ Loop fma_loop(Arch arch) {
 Loop bf16_loop(Arch arch) {
 #if defined(__x86_64__)
   if (arch == Arch::avx512_bf16) return bf16_avx512;
+#elif defined(__aarch64__)
+  if (arch == Arch::neon_bf16) return bf16_neon;
 #endif
   (void)arch;
   return nullptr;
