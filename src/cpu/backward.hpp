@@ -125,9 +125,9 @@ class BackwardKernel {
   void run(Executor& executor) {
     const std::int64_t entries = batch_entries(p_);
     if (has_gaps(p_)) {
-      clear(executor, b_.dq);
-      clear(executor, b_.dk);
-      clear(executor, b_.dv);
+      clear_gaps(executor, b_.dq, &SequenceSlice::q);
+      clear_gaps(executor, b_.dk, &SequenceSlice::k);
+      clear_gaps(executor, b_.dv, &SequenceSlice::k);
     }
     if (b_.dbias) clear_bias(executor);
     parallel_for(executor, workers_, entries * p_.q.heads(),
@@ -160,11 +160,12 @@ class BackwardKernel {
     }
   }
 
-  void clear(Executor& executor, const TensorView& x) const {
-    const std::int64_t tokens = x.batch() * x.seqlen();
-    parallel_for(executor, workers_, (tokens + 63) / 64, [&](std::int64_t block, int) {
-      for (std::int64_t t = block * 64; t < std::min(block * 64 + 64, tokens); ++t)
-        zero_token<Element>(x, t);
+  void clear_gaps(Executor& executor, const TensorView& x,
+                  SideSlice SequenceSlice::* side) const {
+    parallel_for(executor, workers_, gap_tasks(p_), [&](std::int64_t task, int) {
+      for_gaps(p_, task, side, x.seqlen(), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t t = begin; t < end; ++t) zero_token<Element>(x, t);
+      });
     });
   }
 

@@ -87,9 +87,7 @@ class DecodeKernel {
 
   void run(Executor& executor) {
     const std::int64_t heads = batch_entries(p_) * p_.k.heads();
-    if (has_gaps(p_))
-      parallel_for(executor, workers_, (p_.q.batch() * p_.q.seqlen() + 63) / 64,
-                   [&](std::int64_t block, int) { clear_rows<Element>(p_, block * 64); });
+    clear_gaps<Element>(p_, executor, workers_);
     parallel_for(executor, workers_, batch_entries(p_) * head_tasks_ * splits_,
                  [&](std::int64_t task, int worker) {
                    const int split = static_cast<int>(task % splits_);

@@ -54,17 +54,21 @@ Span group_span(const RowLimits* limits, int first, int rows, int key0, int colu
   return span.empty() ? Span{} : span;
 }
 
-// Up to 64 tokens of out and lse from `first` on, as rows without keys have them.
+// Out and lse of tokens that belong to no entry, as rows without keys have them.
 template <class Element>
-void clear_rows(const ForwardProblem& p, std::int64_t first) {
+void clear_gaps(const ForwardProblem& p, Executor& executor, int workers) {
+  if (!has_gaps(p)) return;
   const std::int64_t seqlen = p.q.seqlen();
-  const std::int64_t end = std::min(first + 64, p.q.batch() * seqlen);
-  for (std::int64_t token = first; token < end; ++token) {
-    zero_token<Element>(p.out, token);
-    if (p.lse == nullptr) continue;
-    for (std::int64_t head = 0; head < p.q.heads(); ++head)
-      p.lse[(token / seqlen * p.q.heads() + head) * seqlen + token % seqlen] = -kInfinity;
-  }
+  parallel_for(executor, workers, gap_tasks(p), [&](std::int64_t task, int) {
+    for_gaps(p, task, &SequenceSlice::q, seqlen, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t token = begin; token < end; ++token) {
+        zero_token<Element>(p.out, token);
+        if (p.lse == nullptr) continue;
+        for (std::int64_t head = 0; head < p.q.heads(); ++head)
+          p.lse[(token / seqlen * p.q.heads() + head) * seqlen + token % seqlen] = -kInfinity;
+      }
+    });
+  });
 }
 
 // Normalises an accumulated row, the sink included, and writes it with its lse.
@@ -188,9 +192,7 @@ class ForwardKernel {
   void run(Executor& executor) {
     const std::int64_t entries = batch_entries(p_);
     const std::int64_t group = group_of(p_);
-    if (has_gaps(p_))
-      parallel_for(executor, workers_, (p_.q.batch() * p_.q.seqlen() + 63) / 64,
-                   [&](std::int64_t block, int) { clear_rows<Element>(p_, block * 64); });
+    clear_gaps<Element>(p_, executor, workers_);
     if (private_packs_) {
       parallel_for(executor, workers_, entries * p_.k.heads(), [&](std::int64_t task, int worker) {
         const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.k.heads()));

@@ -19,7 +19,8 @@ template <class Isa>
   return Isa::fma(q, f, Isa::broadcast(6.931471880e-1f));
 }
 
-// 2^x within 1 ulp for -125 <= x < 128; 0 below; NaN stays NaN.
+// 2^x for -125 <= x < 127, 0 below; NaN stays NaN. Within 0.88 ulp, without a fused multiply-add 1.15
+// (exp2_test tries every fraction).
 template <class Isa>
 [[gnu::always_inline]] inline typename Isa::Vec exp2(typename Isa::Vec x) {
   const auto n = Isa::round(x);

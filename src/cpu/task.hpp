@@ -112,11 +112,35 @@ inline void dropout_mask(const Dropout& dropout, int entry, std::int64_t head, i
   }
 }
 
-// Whether some tokens of the tensors may belong to no entry: their results are zeroed up front.
+// Whether some tokens of the tensors may belong to no entry: their results are zeroed.
 inline bool has_gaps(const ForwardProblem& p) {
   const Sequences& s = p.sequences;
   return s.cu_seqlens_q != nullptr || s.cu_seqlens_k != nullptr || s.start_q != nullptr ||
          s.start_k != nullptr || s.seqused_q != nullptr || s.seqused_k != nullptr;
+}
+
+// Into how many tasks the search for such tokens is cut.
+inline std::int64_t gap_tasks(const ForwardProblem& p) {
+  return std::max<std::int64_t>(batch_entries(p), 1);
+}
+
+// Calls body(begin, end) for tokens of one side that belong to no entry, counted through a batch of
+// `rows` each: those before and after entry `task` where it has a batch of its own, else those up to
+// the next entry.
+template <class Body>
+void for_gaps(const ForwardProblem& p, std::int64_t task, SideSlice SequenceSlice::* side,
+              std::int64_t rows, const Body& body) {
+  const std::int64_t entries = batch_entries(p);
+  if (entries == 0) return body(0, p.q.rank == 4 ? 0 : rows);
+  const int entry = static_cast<int>(task);
+  const SideSlice at = slice_of(p, entry).*side;
+  const std::int64_t first = at.batch * rows;
+  const bool packed = (side == &SequenceSlice::q ? p.sequences.cu_seqlens_q
+                                                 : p.sequences.cu_seqlens_k) != nullptr;
+  if (!packed || entry == 0) body(first, first + at.token);
+  const std::int64_t next =
+      packed && entry + 1 < entries ? (slice_of(p, entry + 1).*side).token : rows;
+  body(first + at.token + at.length, first + next);
 }
 
 // Zeroes every head of one token; `token` counts through the batch.

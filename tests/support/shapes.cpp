@@ -107,6 +107,16 @@ std::vector<Shape> make_curated() {
     s.intervals = true;
     s.dlse = true;
   });
+  // Few queries: more rows than a block of 16, several key heads and several steps to a task.
+  add(named("decode_40_rows"), lengths(5, 700), band(kCausal), [](Shape& s) {
+    s.heads_q = 16;
+    s.heads_k = 2;
+    s.head_dim = 32;
+  });
+  add(named("decode_heads_together"), lengths(2, 70), [](Shape& s) {
+    s.heads_q = 6;
+    s.heads_k = 3;
+  });
   add(named("long_keys_window"), lengths(40, 1500), band(sliding_window(300)),
       [](Shape& s) { s.head_dim = 16; });
 

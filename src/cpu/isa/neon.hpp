@@ -44,11 +44,6 @@ struct Neon {
   static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   // Returns b where a or b is NaN.
   static Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
-  static float reduce_max(Vec x) {
-    const float a = x[0] > x[2] ? x[0] : x[2];
-    const float b = x[1] > x[3] ? x[1] : x[3];
-    return a > b ? a : b;
-  }
   static float reduce_add(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
   static Vec round(Vec x) { return vrndnq_f32(x); }
   static Vec scale_by_power(Vec p, Vec n, Vec x) {

@@ -26,11 +26,6 @@ struct Scalar {
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   // Returns b where a or b is NaN.
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
-  static float reduce_max(Vec x) {
-    const float a = x[0] > x[1] ? x[0] : x[1];
-    const float b = x[2] > x[3] ? x[2] : x[3];
-    return a > b ? a : b;
-  }
   static float reduce_add(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
   // To the nearest integer, for |x| < 2^22.
   static Vec round(Vec x) {
