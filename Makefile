@@ -118,8 +118,10 @@ fuzz: build-fuzz  ## the fuzz targets for SECONDS_EACH (an hour); what is new go
 	    -max_total_time=$(SECONDS_EACH) -artifact_prefix=build/fuzz/$$target- \
 	    build/fuzz/found/$$target tests/fuzz/corpus/$$target; done
 
-bench: $(HERE)  ## measure the CPU kernels beside PyTorch
-	$(VENV)/bin/python benchmarks/cpu/bench.py
+bench: $(HERE)  ## measure the CPU kernels beside PyTorch and beside the peaks of this machine
+	scripts/setup_headers.sh $(VENV)/bin/python
+	$(PATHS) cmake --preset cpu && $(PATHS) cmake --build --preset cpu --target heed_cli
+	$(VENV)/bin/python benchmarks/cpu/bench.py --tool build/cpu/tools/heed/heed
 
 bench-gpu: gpu $(VENV)/.heed  ## measure the GPU kernels and a Llama beside PyTorch, and write the tables
 	$(VENV)/bin/python benchmarks/cuda/kernels.py --save

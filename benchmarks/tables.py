@@ -44,20 +44,118 @@ def support_table(data: dict) -> str:
     return "\n".join(lines)
 
 
-def speed_table(data: dict) -> str:
-    """One line per cell, then where and how it was measured."""
+def cpu_table(data: dict, part: str) -> str:
+    """What bench.py saved of each CPU. Without a part: the first CPU's main cells."""
+    if not part:
+        return cpu_main(data["machines"][0])
+    tables = {"cells": cpu_cells, "decode": cpu_decode, "short": cpu_short, "ratios": cpu_ratios}
+    return "\n\n".join(tables[part](result) for result in data["machines"])
+
+
+def cpu_caption(result: dict) -> str:
+    m = result["machine"]
+    return caption(m, f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`")
+
+
+def in_main_table(cell: dict) -> bool:
+    if cell["dtype"] == "fp16" or "100%" in cell["shape"]:
+        return False
+    return cell["work"] in ("forward", "backward", "padded") or cell["shape"] in (
+        "1 x 32768 H32/8 D128",
+        "8 x 8192 H32/8 D128",
+    )
+
+
+def cpu_main(result: dict) -> str:
     lines = [
-        "| work | shape | dtype | heed ms | torch SDPA ms | speed-up |",
-        "|---|---|---|---|---|---|",
+        "| work | shape | dtype | heed ms | torch SDPA ms | speed-up | heed's share of the limit |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {c['work']} | {c['shape']} | {c['dtype']} | {c['heed_ms']:.2f} | {c['torch_ms']:.2f} "
-        f"| **{c['ratio']:.2f}x** |"
-        for c in data["cells"]
+        f"| **{c['ratio']:.2f}x** | {c['share']:.0%} of {c['bound']} |"
+        for c in result["cells"]
+        if in_main_table(c)
     ]
-    m = data["machine"]
-    where = f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`"
-    return "\n".join([*lines, "", caption(m, where)])
+    return "\n".join([*lines, "", cpu_caption(result)])
+
+
+def cpu_cells(result: dict) -> str:
+    """Share of the measured peak beside the goal."""
+    lines = [
+        "| work | shape | dtype | heed ms | torch ms | speed-up | share | torch's | goal |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in result["cells"]:
+        if c["work"] in ("decode", "short"):
+            continue
+        theirs = [f"{c['torch_ms']:.2f}", f"**{c['ratio']:.2f}x**"] if c["ratio"] else ["-", "-"]
+        row = [c["work"], c["shape"], c["dtype"], f"{c['heed_ms']:.2f}", *theirs]
+        row += [f"{c['share']:.1%}", f"{c['torch_share']:.1%}" if c["ratio"] else "-"]
+        row += [f"{c['goal']:.0%}" if c["goal"] else "-"]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, "", cpu_caption(result)])
+
+
+def cpu_decode(result: dict) -> str:
+    lines = [
+        "| queries x keys, heads | dtype | heed ms | GB/s | limit | share | torch ms | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {c['shape']} | {c['dtype']} | {c['heed_ms']:.2f} "
+        f"| {c['bytes'] / c['heed_ms'] * 1e-6:.1f} | {c['bound']} | {c['share']:.0%} "
+        f"| {c['torch_ms']:.1f} | **{c['ratio']:.1f}x** |"
+        for c in result["cells"]
+        if c["work"] == "decode"
+    ]
+    return "\n".join([*lines, "", cpu_caption(result)])
+
+
+def cpu_short(result: dict) -> str:
+    """torch's time over heed's: a line per length, a column per batch."""
+    short = [c for c in result["cells"] if c["work"] == "short"]
+    cells = {(c["dtype"], *c["shape"].split()[:2]): c for c in short}
+    batches = list(dict.fromkeys(key[1] for key in cells))
+    lines = [f"| | {' | '.join(batches)} |", "|---" * (len(batches) + 1) + "|"]
+    for dtype, length in dict.fromkeys((key[0], key[2]) for key in cells):
+        ratios = [f"{cells[dtype, batch, length]['ratio']:.2f}x" for batch in batches]
+        lines.append(f"| {length} {dtype} | {' | '.join(ratios)} |")
+    return "\n".join([*lines, "", cpu_caption(result)])
+
+
+def cpu_ratios(result: dict) -> str:
+    """What is a comparison of cells."""
+    cells = {(c["work"], c["shape"], c["dtype"]): c for c in result["cells"]}
+    threads = result["machine"]["threads"]
+    lines = ["| | reached | goal |", "|---|---|---|"]
+    for dtype in ("fp32", "bf16"):
+        for dim in (128, 64):
+            shape = f"B1 H8 S2048 D{dim}"
+            full = cells["forward", f"{shape} full", dtype]
+            causal = cells["forward", f"{shape} causal", dtype]
+            one = cells["1 thread", f"{shape} full", dtype]
+            name = f"forward D{dim} {dtype}"
+            per_score = causal["share"] / full["share"]
+            lines += [
+                f"| {name}, causal over full, per visible score | {per_score:.2f} | 0.93 |",
+                f"| {name}, time on 1 thread over {threads} "
+                f"| {one['heed_ms'] / full['heed_ms']:.2f} | 1.90 |",
+            ]
+            if dtype == "fp32":
+                half = cells["forward", f"{shape} full", "fp16"]
+                rate = full["heed_ms"] / half["heed_ms"]
+                lines.append(f"| forward D{dim}, rate of fp16 over fp32 | {rate:.2f} | 0.90 |")
+        padded = [c for key, c in cells.items() if key[0] == "padded" and key[2] == dtype]
+        whole, part = sorted(padded, key=lambda c: -c["flops"])
+        lines.append(
+            f"| padded {dtype}, rate per real token squared, 55 % fill over full "
+            f"| {part['share'] / whole['share']:.2f} | 0.90 |"
+        )
+    calls = result["host"]
+    lines.append(f"| microseconds of a call, C++ | {calls['cpp_us']:.2g} | 3 |")
+    lines.append(f"| microseconds of a call, PyTorch | {calls['torch_us']:.2g} | 10 |")
+    return "\n".join([*lines, "", cpu_caption(result)])
 
 
 def caption(m: dict, where: str) -> str:
@@ -272,6 +370,8 @@ PASSES += ["backward", "backward_compact"]
 def table_of(data: dict, part: str) -> str:
     if "smem_bytes" in data:
         return cuda_build_table(data, part)
+    if "machines" in data:
+        return cpu_table(data, part)
     if "runs" in data:
         return tests_table(data)
     if "kernels" in data:
@@ -284,7 +384,7 @@ def table_of(data: dict, part: str) -> str:
         return scaling_table(data)
     if "requests_per_s" in data["cells"][0]:
         return serving_table(data)
-    return model_table(data) if "ms" in data["cells"][0] else speed_table(data)
+    return model_table(data)
 
 
 def fill(text: str) -> str:

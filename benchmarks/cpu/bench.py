@@ -1,7 +1,7 @@
 """Times heed beside torch's scaled_dot_product_attention on this CPU, in turns in one process, and
 sets it beside what the machine can do at most, measured before and after each case.
 
---save keeps one set of results per CPU in benchmarks/results/cpu.json, so parts may be run one by one.
+--save keeps one set of results per CPU in benchmarks/results/cpu.json: parts may be run one by one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from machine import ROOT, Peaks, Tool, machine, mean
 from timing import alone
-from work import WORKS, Cell, forced, tensors
+from work import WORKS, Cell, tensors
 
 import heed
 
@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def bound(cell: Cell, peaks: Peaks) -> tuple[str, float]:
     """What limits a case, and the least time in ms that it allows."""
-    compute = peaks.compute("fp32" if cell.work == "avx2" else cell.dtype)
+    compute = peaks.compute(cell.dtype)
     limits = {"compute": cell.flops / compute * 1e-6, "read": cell.bytes / peaks.read * 1e-6}
     name = max(limits, key=lambda key: limits[key])
     return name, limits[name]
@@ -34,9 +34,6 @@ def measure(name: str, tool: Tool, seconds: float) -> list[dict]:
     """The cells of one work as they are saved."""
 
     def peaks() -> Peaks:
-        if name == "avx2":
-            with forced("avx2"):
-                return tool.peaks()
         threads = torch.get_num_threads()
         if name == "1 thread":
             torch.set_num_threads(1)
@@ -69,6 +66,29 @@ def measure(name: str, tool: Tool, seconds: float) -> list[dict]:
     return cells
 
 
+def avx2(tool: Tool, seconds: float) -> list[dict]:
+    """The forward on AVX2 alone, in C++, as a share of AVX2's own peak."""
+    cells = []
+    for dtype, name in (("fp32", "f32"), ("bf16", "bf16"), ("fp16", "f16")):
+        for dim in (128, 64):
+            flags = ["--dtype", name, "--head-dim", str(dim), "--seconds", str(seconds)]
+            r = tool.bench("--peaks", *flags, isa="avx2")
+            cell = {
+                "work": "avx2",
+                "shape": f"B1 H8 S2048 D{dim} full",
+                "dtype": dtype,
+                "heed_ms": r["seconds_median"] * 1e3,
+                "torch_ms": 0.0,
+                "goal": 0.75,
+                "bound": "compute",
+                "share": round(r["share_of_fma_peak"], 4),
+                "ratio": 0.0,
+            }
+            cells.append(cell)
+            print(f"{cell['work']:9} {cell['shape']:28} {dtype:5} {cell['share']:.1%}", flush=True)
+    return cells
+
+
 def host(tool: Tool) -> dict[str, float]:
     """Microseconds of a call that computes next to nothing."""
     q, k, v = tensors(1, 1, 1, 64, "fp32")
@@ -86,7 +106,7 @@ def save(path: Path, result: dict) -> None:
         result["host"] = result["host"] or same[0]["host"]
         new = {cell["work"] for cell in result["cells"]}
         result["cells"] = [c for c in same[0]["cells"] if c["work"] not in new] + result["cells"]
-        order = list(WORKS)
+        order = [*WORKS, "avx2"]
         result["cells"].sort(key=lambda cell: order.index(cell["work"]))
     if same:
         data["machines"][data["machines"].index(same[0])] = result
@@ -100,7 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="per measured pair")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", action="append", choices=[*WORKS, "host"], help="repeat for several")
+    parser.add_argument(
+        "--only", action="append", choices=[*WORKS, "avx2", "host"], help="repeat for several"
+    )
     parser.add_argument("--tool", help="the heed command; build/*/tools/heed/heed")
     parser.add_argument("--save", action="store_true", help="into benchmarks/results/cpu.json")
     args = parser.parse_args()
@@ -108,9 +130,11 @@ def main() -> None:
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     tool = Tool(args.tool)
-    wanted = args.only or [*WORKS, "host"]
+    wanted = args.only or [*WORKS, "avx2", "host"]
     print(f"{'work':9} {'shape':28} {'dtype':5} {'heed ms':>10} {'torch ms':>10} ratio   share")
     cells = [cell for name in WORKS if name in wanted for cell in measure(name, tool, args.seconds)]
+    if "avx2" in wanted:
+        cells += avx2(tool, args.seconds)
     for work in dict.fromkeys(cell["work"] for cell in cells if cell["ratio"]):
         ratios = [c["ratio"] for c in cells if c["work"] == work]
         print(f"{work}: {statistics.geometric_mean(ratios):.2f}x torch, least {min(ratios):.2f}x")

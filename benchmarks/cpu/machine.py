@@ -78,8 +78,8 @@ class Tool:
             )
         self.path = str(found[0])
 
-    def bench(self, *flags: str) -> dict:
-        env = dict(os.environ, HEED_NUM_THREADS=str(torch.get_num_threads()))
+    def bench(self, *flags: str, isa: str = "") -> dict:
+        env = dict(os.environ, HEED_NUM_THREADS=str(torch.get_num_threads()), HEED_FORCE_ISA=isa)
         command = [self.path, "bench", "--json", *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
         return json.loads(done.stdout)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +87,9 @@ def backward(seconds: float) -> Iterator[Cell]:
                     outs = [heed.attention(q, k, v, causal=causal), sdpa(q, k, v, is_causal=causal)]
                 a, b = interleaved(
                     *(
-                        lambda o=o: torch.autograd.grad(o, (q, k, v), dout, retain_graph=True)  # noqa: B023
+                        lambda o=o: torch.autograd.grad(  # noqa: B023
+                            o, (q, k, v), dout, retain_graph=True
+                        )
                         for o in outs
                     ),
                     seconds,
@@ -107,7 +107,7 @@ def backward(seconds: float) -> Iterator[Cell]:
 
 
 def padded(seconds: float) -> Iterator[Cell]:
-    """Right-padded batch: heed takes lengths, torch a bool mask. The full batch is the yardstick."""
+    """Padded on the right: heed takes lengths, torch a mask. The full batch is the yardstick."""
     for dtype in ("fp32", "bf16"):
         for lengths in ([512] * 8, [512, 430, 380, 300, 230, 180, 130, 91]):
             q, k, v = tensors(8, 512, 12, 64, dtype)
@@ -124,7 +124,7 @@ def padded(seconds: float) -> Iterator[Cell]:
 
 
 def decode(seconds: float) -> Iterator[Cell]:
-    """1 to 8 queries against a cache, in memory as [batch, heads, seqlen, dim], as Transformers has it.
+    """1 to 8 queries against a cache that is [batch, heads, seqlen, dim], as Transformers has it.
 
     In turn over caches that together leave no room for one of them in L3.
     """
@@ -171,27 +171,6 @@ def short(seconds: float) -> Iterator[Cell]:
                 yield Cell("short", f"B{batch} S{seqlen} H12 D64", dtype, a, b, flops, 0.0)
 
 
-@contextmanager
-def forced(isa: str) -> Iterator[None]:
-    """heed uses one instruction set."""
-    os.environ["HEED_FORCE_ISA"] = isa
-    try:
-        yield
-    finally:
-        del os.environ["HEED_FORCE_ISA"]
-
-
-def avx2(seconds: float) -> Iterator[Cell]:
-    """The forward on AVX2 alone; its peak is AVX2's too."""
-    for dtype in DTYPES:
-        for dim in (128, 64):
-            q, k, v = tensors(1, 2048, 8, dim, dtype)
-            with forced("avx2"):
-                ms = alone(lambda: heed.attention(q, k, v), seconds)  # noqa: B023
-            flops = 4 * 8 * dim * visible(2048, False)
-            yield Cell("avx2", f"B1 H8 S2048 D{dim} full", dtype, ms, 0.0, flops, 0.0, 0.75)
-
-
 def one_thread(seconds: float) -> Iterator[Cell]:
     """The forward on one thread, to set beside that on all."""
     threads = torch.get_num_threads()
@@ -213,6 +192,5 @@ WORKS = {
     "padded": padded,
     "decode": decode,
     "short": short,
-    "avx2": avx2,
     "1 thread": one_thread,
 }
