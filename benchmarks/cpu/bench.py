@@ -104,6 +104,9 @@ def save(path: Path, result: dict) -> None:
     same = [m for m in data["machines"] if m["machine"]["cpu"] == result["machine"]["cpu"]]
     if same and same[0]["machine"]["commit"] == result["machine"]["commit"]:
         result["host"] = result["host"] or same[0]["host"]
+        before, now = same[0]["machine"]["command"], result["machine"]["command"]
+        if now not in before.split(" && "):
+            result["machine"]["command"] = f"{before} && {now}"
         new = {cell["work"] for cell in result["cells"]}
         result["cells"] = [c for c in same[0]["cells"] if c["work"] not in new] + result["cells"]
         order = [*WORKS, "avx2"]
