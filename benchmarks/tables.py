@@ -125,36 +125,34 @@ def cpu_short(result: dict) -> str:
 
 
 def cpu_ratios(result: dict) -> str:
-    """What is a comparison of cells."""
+    """What is a comparison of cells; those of a CPU that has both."""
     cells = {(c["work"], c["shape"], c["dtype"]): c for c in result["cells"]}
     threads = result["machine"]["threads"]
     lines = ["| | reached | goal |", "|---|---|---|"]
+
+    def compare(name: str, key: str, part: dict | None, whole: dict | None, goal: float) -> None:
+        if part and whole:
+            lines.append(f"| {name} | {part[key] / whole[key]:.2f} | {goal:.2f} |")
+
     for dtype in ("fp32", "bf16"):
         for dim in (128, 64):
-            shape = f"B1 H8 S2048 D{dim}"
-            full = cells["forward", f"{shape} full", dtype]
-            causal = cells["forward", f"{shape} causal", dtype]
-            one = cells["1 thread", f"{shape} full", dtype]
-            name = f"forward D{dim} {dtype}"
-            per_score = causal["share"] / full["share"]
-            lines += [
-                f"| {name}, causal over full, per visible score | {per_score:.2f} | 0.93 |",
-                f"| {name}, time on 1 thread over {threads} "
-                f"| {one['heed_ms'] / full['heed_ms']:.2f} | 1.90 |",
-            ]
+            shape, name = f"B1 H8 S2048 D{dim}", f"forward D{dim} {dtype}"
+            full = cells.get(("forward", f"{shape} full", dtype))
+            causal = cells.get(("forward", f"{shape} causal", dtype))
+            one = cells.get(("1 thread", f"{shape} full", dtype))
+            compare(f"{name}, causal over full, per visible score", "share", causal, full, 0.93)
+            compare(f"{name}, time on 1 thread over {threads}", "heed_ms", one, full, 1.9)
             if dtype == "fp32":
-                half = cells["forward", f"{shape} full", "fp16"]
-                rate = full["heed_ms"] / half["heed_ms"]
-                lines.append(f"| forward D{dim}, rate of fp16 over fp32 | {rate:.2f} | 0.90 |")
+                half = cells.get(("forward", f"{shape} full", "fp16"))
+                compare(f"forward D{dim}, rate of fp16 over fp32", "heed_ms", full, half, 0.9)
         padded = [c for key, c in cells.items() if key[0] == "padded" and key[2] == dtype]
-        whole, part = sorted(padded, key=lambda c: -c["flops"])
-        lines.append(
-            f"| padded {dtype}, rate per real token squared, 55 % fill over full "
-            f"| {part['share'] / whole['share']:.2f} | 0.90 |"
-        )
-    calls = result["host"]
-    lines.append(f"| microseconds of a call, C++ | {calls['cpp_us']:.2g} | 3 |")
-    lines.append(f"| microseconds of a call, PyTorch | {calls['torch_us']:.2g} | 10 |")
+        if padded:
+            whole, part = sorted(padded, key=lambda c: -c["flops"])
+            name = f"padded {dtype}, rate per real token squared, 55 % fill over full"
+            compare(name, "share", part, whole, 0.9)
+    if calls := result["host"]:
+        lines.append(f"| microseconds of a call, C++ | {calls['cpp_us']:.2g} | 3 |")
+        lines.append(f"| microseconds of a call, PyTorch | {calls['torch_us']:.2g} | 10 |")
     return "\n".join([*lines, "", cpu_caption(result)])
 
 

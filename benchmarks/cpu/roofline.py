@@ -15,8 +15,12 @@ COLORS = {"fp32": "#1f77b4", "bf16": "#d62728"}
 MARKERS = {"forward": "o", "backward": "s", "decode": "^"}
 
 
+def drawable(result: dict) -> list[dict]:
+    return [c for c in result["cells"] if c["work"] in MARKERS and c["dtype"] in COLORS]
+
+
 def draw(axes: plt.Axes, result: dict) -> None:
-    cells = [c for c in result["cells"] if c["work"] in MARKERS and c["dtype"] in COLORS]
+    cells = drawable(result)
     peaks = [c["peaks"] for c in cells]
     read = sum(p["read"] for p in peaks) / len(peaks)
     for dtype, unit in (("fp32", "fma"), ("bf16", "dot")):
@@ -51,6 +55,9 @@ def draw(axes: plt.Axes, result: dict) -> None:
 
 def main() -> None:
     results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["machines"]
+    results = [result for result in results if drawable(result)]
+    if not results:
+        raise SystemExit(f"cpu.json has no cells of {', '.join(MARKERS)}: bench.py --save first")
     plt.rcParams["svg.hashsalt"] = "heed"
     figure, axes = plt.subplots(1, len(results), figsize=(6.5 * len(results), 4.5), squeeze=False)
     for at, result in zip(axes[0], results, strict=True):
