@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from machine import ROOT, Peaks, Tool, machine, mean
 from timing import alone
-from work import WORKS, Cell, tensors
+from work import WORKS, Cell, square, tensors
 
 import heed
 
@@ -75,7 +75,7 @@ def avx2(tool: Tool, seconds: float) -> list[dict]:
             r = tool.bench("--peaks", *flags, isa="avx2")
             cell = {
                 "work": "avx2",
-                "shape": f"B1 H8 S2048 D{dim} full",
+                "shape": square(dim, False),
                 "dtype": dtype,
                 "heed_ms": r["seconds_median"] * 1e3,
                 "torch_ms": 0.0,

@@ -29,15 +29,18 @@ def cpu_model() -> str:
     return f"{fields['model name']} (family {fields['cpu family']} model {fields['model']})"
 
 
+def commit() -> str:
+    """HEED_COMMIT, for machines without git, or what git says."""
+    if "HEED_COMMIT" in os.environ:
+        return os.environ["HEED_COMMIT"]
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT
+    ).stdout.strip()
+
+
 def machine() -> dict[str, str]:
     """What a reader must know about where the numbers come from."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    ).stdout.strip()
     return {
         "cpu": cpu_model(),
         "kernels": torch.ops.heed.kernels().splitlines()[0].split("\t")[1],
@@ -45,7 +48,7 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         "command": shlex.join(["python", *sys.argv]),
     }
 

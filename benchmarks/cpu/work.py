@@ -48,6 +48,10 @@ def visible(seqlen: int, causal: bool) -> float:
     return seqlen * (seqlen + 1) / 2 if causal else float(seqlen) * seqlen
 
 
+def square(dim: int, causal: bool) -> str:
+    return f"B1 H8 S2048 D{dim} {'causal' if causal else 'full'}"
+
+
 FORWARD = {("fp32", 128): 0.85, ("fp32", 64): 0.78, ("bf16", 128): 0.72, ("bf16", 64): 0.65}
 BACKWARD = {("fp32", 128): 0.70, ("fp32", 64): 0.58, ("bf16", 128): 0.60, ("bf16", 64): 0.50}
 
@@ -66,7 +70,7 @@ def forward(seconds: float) -> Iterator[Cell]:
                 goal = FORWARD.get((dtype, dim), 0.9 * FORWARD["fp32", dim])
                 yield Cell(
                     "forward",
-                    f"B1 H8 S2048 D{dim} {'causal' if causal else 'full'}",
+                    square(dim, causal),
                     dtype,
                     a,
                     b,
@@ -96,7 +100,7 @@ def backward(seconds: float) -> Iterator[Cell]:
                 )
                 yield Cell(
                     "backward",
-                    f"B1 H8 S2048 D{dim} {'causal' if causal else 'full'}",
+                    square(dim, causal),
                     dtype,
                     a,
                     b,
@@ -183,7 +187,7 @@ def one_thread(seconds: float) -> Iterator[Cell]:
             finally:
                 torch.set_num_threads(threads)
             flops = 4 * 8 * dim * visible(2048, False)
-            yield Cell("1 thread", f"B1 H8 S2048 D{dim} full", dtype, ms, 0.0, flops, 0.0)
+            yield Cell("1 thread", square(dim, False), dtype, ms, 0.0, flops, 0.0)
 
 
 WORKS = {

@@ -102,28 +102,6 @@ Status check_device(const Device& device) {
                  "]: threads of a CPU, multiprocessors of a GPU");
 }
 
-// Scratch memory and task counts are products of these numbers with head_dim and a few powers of 2.
-Status check_size(const char* name, std::int64_t heads, std::int64_t entries, std::int64_t tokens) {
-  constexpr std::int64_t kMostRows = std::int64_t{1} << 40, kMostHeads = std::int64_t{1} << 32;
-  std::int64_t rows = 0, all_heads = 0;
-  if (__builtin_mul_overflow(heads, entries, &all_heads) || all_heads > kMostHeads)
-    return unsupported(name, ".heads = ", heads, " times ", entries,
-                       " batch entries must be at most ", kMostHeads);
-  if (__builtin_mul_overflow(heads, tokens, &rows) || rows > kMostRows)
-    return unsupported(name, ".heads = ", heads, " times ", tokens,
-                       " tokens of all batch entries must be at most ", kMostRows);
-  return {};
-}
-
-Status check_size(const ForwardProblem& p) {
-  // Extents are below 2^31, and key_capacity() is below 2^30.
-  const std::int64_t entries = batch_entries(p);
-  if (Status s = check_size("q", p.q.heads(), entries, p.q.batch() * p.q.seqlen()); !s.ok())
-    return s;
-  return check_size("k", p.k.heads(), entries,
-                    p.k.rank == 3 ? p.k.seqlen() : entries * key_capacity(p));
-}
-
 const ForwardProblem& forward_of(const ForwardProblem& problem) { return problem; }
 const ForwardProblem& forward_of(const BackwardProblem& problem) { return problem.forward; }
 std::size_t bytes_of(const Plan& plan, const ForwardProblem& problem) {
@@ -136,7 +114,6 @@ std::size_t bytes_of(const Plan& plan, const BackwardProblem& problem) {
 template <class Problem>
 Result<Plan> plan_any(const Problem& problem, const Device& device, const Options& options) {
   if (Status s = validate(problem); !s.ok()) return s;
-  if (Status s = check_size(forward_of(problem)); !s.ok()) return s;
   if (Status s = check_device(device); !s.ok()) return s;
   if (options.splits < 0)
     return Status(Code::invalid, "options.splits = " + std::to_string(options.splits) +

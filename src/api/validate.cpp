@@ -247,6 +247,28 @@ void read_inputs(Regions& regions, const ForwardProblem& p) {
   regions.read("dropout.seed", p.dropout.seed, 8);
 }
 
+// Scratch memory and task counts are products of these numbers with head_dim and a few powers of 2.
+Status check_size(const char* name, std::int64_t heads, std::int64_t entries, std::int64_t tokens) {
+  constexpr std::int64_t kMostRows = std::int64_t{1} << 40, kMostHeads = std::int64_t{1} << 32;
+  std::int64_t rows = 0, all_heads = 0;
+  if (__builtin_mul_overflow(heads, entries, &all_heads) || all_heads > kMostHeads)
+    return unsupported(name, ".heads = ", heads, " times ", entries,
+                       " batch entries must be at most ", kMostHeads);
+  if (__builtin_mul_overflow(heads, tokens, &rows) || rows > kMostRows)
+    return unsupported(name, ".heads = ", heads, " times ", tokens,
+                       " tokens of all batch entries must be at most ", kMostRows);
+  return {};
+}
+
+Status check_size(const ForwardProblem& p) {
+  // Extents are below 2^31, and key_capacity() is below 2^30.
+  const std::int64_t entries = batch_entries(p);
+  if (Status s = check_size("q", p.q.heads(), entries, p.q.batch() * p.q.seqlen()); !s.ok())
+    return s;
+  return check_size("k", p.k.heads(), entries,
+                    p.k.rank == 3 ? p.k.seqlen() : entries * key_capacity(p));
+}
+
 // All but the overlap of outputs, which differs between the passes.
 Status check_common(const ForwardProblem& p) {
   for (const auto& t : {Named{"q", p.q}, Named{"k", p.k}})
@@ -262,7 +284,8 @@ Status check_common(const ForwardProblem& p) {
   if (Status s = check_intervals(p); !s.ok()) return s;
   if (Status s = check_bias(p); !s.ok()) return s;
   if (Status s = check_pointer("sink", p.sink, 4); !s.ok()) return s;
-  return check_pointer("lse", p.lse, 4);
+  if (Status s = check_pointer("lse", p.lse, 4); !s.ok()) return s;
+  return check_size(p);
 }
 
 Status check_bias_gradient(const BackwardProblem& p) {

@@ -363,10 +363,7 @@ class DecodeKernel {
     }
   }
 
-#ifndef LOC
-#define LOC 2
-#endif
-  static constexpr int kLocality = LOC;
+  static constexpr int kLocality = 2;  // prefetches to L2: those to L1 were slower
   static constexpr std::int64_t kTasks = 32;  // enough for any CPU to balance
   static constexpr std::int64_t kLeastWork = 1 << 16;  // multiplications worth a task of their own
 

@@ -6,10 +6,9 @@
 // The other warpgroups consume: 64 rows each, both products by wgmma.
 //
 //   loader     K(n)  Q  V(n)  K(n-1)  V(n-1)  K(n-2) ...                  K  Q  V of the next item
-//   consumer   S(n)  softmax | S(n-1)  O += P(n) V   | S(n-2)  O += P(n-1) V   | ...  S  O += P(0)
-//   V
-//                            |         softmax S(n-1)|         softmax S(n-2)  |        softmax S
-//                            |                       |                         |            store O
+//   consumer   S(n)  softmax | S(n-1)  O += P(n) V   | S(n-2)  O += P(n-1) V   | ... S  O += P(0) V
+//                            |         softmax S(n-1)|         softmax S(n-2)  |       softmax S
+//                            |                       |                         |           store O
 //
 // The next S and this P V are under way together, and the next S's softmax runs under this P V,
 // from item to item too. Consumers begin their products one after the other, so that one's softmax
@@ -423,7 +422,7 @@ struct Consumer {
     smem.k_full[k_at.stage].wait(k_at.phase);
     take_turn();
     tile::begin_matmul_nt<typename C::QueryTile, typename C::KeyTile>(
-        acc_s, kOwnSlot ? q : q + q_at.stage * (64 * 128),
+        acc_s, kOwnSlot ? q : q + q_at.stage * (64 * C::QueryTile::kRowBytes),
         k + k_at.stage * static_cast<int>(sizeof(typename C::KeyTile)));
   }
   __device__ __forceinline__ void end_scores() {
@@ -539,8 +538,7 @@ struct Consumer {
     // The same in every lane, and the compiler knows it.
     return __shfl_sync(~0u, work.own[index].begin - work.begin, 0);
   }
-  // Of `next`, before those that the warpgroup sees; more than kMostBetween also where it sees
-  // none.
+  // Of `next`, before those that the warpgroup sees; where it sees none, more than kMostBetween.
   __device__ __forceinline__ int tiles_before(const Work& next) const {
     const TileRange tiles = next.own[index];
     const bool sees = !next.last && tiles.begin < tiles.end;

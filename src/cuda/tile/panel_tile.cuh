@@ -34,7 +34,8 @@ struct alignas(1024) PanelTile {
   static constexpr int kCols = kColCount;
   static constexpr int kChunks = kCols / 8;
   static constexpr int kPanels = (kCols + 63) / 64;
-  static constexpr int kPanelBytes = kRows * 128;
+  static constexpr int kRowBytes = 128;  // of a panel
+  static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kStep = 16;  // of k, by one instruction
   static_assert(kRows % 8 == 0 && kCols % 16 == 0 && sizeof(Element) == 2);
 
@@ -48,7 +49,7 @@ struct alignas(1024) PanelTile {
 
   // Rows from `row` on (a multiple of 8), columns as k.
   __device__ __forceinline__ Descriptor by_rows(int row = 0) const {
-    return Descriptor::at(ptx::shared_address(data) + row * 128, 16, 1024);
+    return Descriptor::at(ptx::shared_address(data) + row * kRowBytes, 16, 1024);
   }
   static constexpr int along_columns(int step) { return step / 4 * kPanelBytes + step % 4 * 32; }
   // Columns as n, rows as k.
