@@ -131,12 +131,11 @@ template <class Body>
 void for_gaps(const ForwardProblem& p, std::int64_t task, SideSlice SequenceSlice::* side,
               std::int64_t rows, const Body& body) {
   const std::int64_t entries = batch_entries(p);
-  if (entries == 0) return body(0, p.q.rank == 4 ? 0 : rows);
+  const bool packed = (side == &SequenceSlice::q ? p.q : p.k).rank == 3;
+  if (entries == 0) return body(0, packed ? rows : 0);
   const int entry = static_cast<int>(task);
   const SideSlice at = slice_of(p, entry).*side;
   const std::int64_t first = at.batch * rows;
-  const bool packed = (side == &SequenceSlice::q ? p.sequences.cu_seqlens_q
-                                                 : p.sequences.cu_seqlens_k) != nullptr;
   if (!packed || entry == 0) body(first, first + at.token);
   const std::int64_t next =
       packed && entry + 1 < entries ? (slice_of(p, entry + 1).*side).token : rows;
