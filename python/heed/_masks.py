@@ -8,12 +8,16 @@ operations of size [batch, seqlen] make that of any other. No value reaches the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional
+from transformers import masking_utils
 
 # First and end position of the keys that each row sees, int64 [batch or 1, seqlen_q]; none if
 # first >= end.
@@ -201,16 +205,52 @@ def read_tree(function: Callable, query: Tensor, padding_mask: Tensor | None) ->
 
 
 def name_and_closure(function: Callable) -> tuple[str, dict]:
-    """Name and free variables of a function of Transformers' masking_utils; ("", {}) for others."""
-    if getattr(function, "__module__", "") != "transformers.masking_utils":
-        return "", {}
-    names = function.__code__.co_freevars
-    if not names:
-        return function.__name__, {}
-    if not hasattr(function, "__closure__"):  # inside torch.compile in older releases of PyTorch
-        return "", {}
-    cells = [cell.cell_contents for cell in function.__closure__]
-    return function.__qualname__.partition(".")[0], dict(zip(names, cells, strict=True))
+    """A function of Transformers' masking_utils by its name, or that of the function which made it,
+    and its free variables; ("", {}) for others."""
+    code = getattr(function, "__code__", None)
+    name, free = _name_of(code), {}
+    if name and code.co_freevars:
+        cells = getattr(function, "__closure__", None)
+        if _CLOSURES_ARE_HIDDEN and torch.compiler.is_dynamo_compiling():
+            from torch._dynamo.comptime import comptime
+
+            comptime(_show_closure)
+        for index in range(len(code.co_freevars)):
+            free[code.co_freevars[index]] = cells[index].cell_contents
+    return name, free
+
+
+@torch.compiler.assume_constant_result
+def _name_of(code: CodeType | None) -> str:
+    return _NAMES.get(code, "")
+
+
+# Dynamo of these releases has no __closure__ for a function that was made in what it traces.
+_CLOSURES_ARE_HIDDEN = Version(torch.__version__) < Version("2.14")
+
+
+def _show_closure(context) -> None:
+    """Gives `cells`, in the caller that Dynamo traces, the closure that it knows of `function`."""
+    variables = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().symbolic_locals
+    closure = getattr(variables["function"], "closure", None)
+    if closure is not None:
+        variables["cells"] = closure
+
+
+def _names() -> dict[CodeType, str]:
+    names = {}
+    for function in vars(masking_utils).values():
+        if getattr(function, "__module__", "") == masking_utils.__name__:
+            code = getattr(inspect.unwrap(function), "__code__", None)
+            if code is not None:
+                inner = (x for x in code.co_consts if isinstance(x, CodeType))
+                names |= dict.fromkeys((code, *inner), function.__name__)
+    return names
+
+
+# Every function of masking_utils, and those that it makes, by their code: Dynamo knows the code of
+# each, but of some neither the module nor the qualified name.
+_NAMES = _names()
 
 
 def _causal(query: Tensor, padding_mask: Tensor | None) -> Interval:
