@@ -23,6 +23,7 @@ from transformers.generation.continuous_batching import cache as cb_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+NEEDS_GRAPHS = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 NEW = 12
 FULL, WINDOWED = ("llama", "qwen3", "paligemma"), ("mistral", "gemma3_text", "gemma3", "gpt_oss")
 FIELDS = {f.name for f in dataclasses.fields(ContinuousBatchingConfig)}
@@ -89,6 +90,22 @@ def assert_same(actual: list, wanted: list) -> None:
                 break
 
 
+@torch.no_grad()
+def assert_follow_from_their_context(name: str, results: list) -> None:
+    """Every token, after the tokens that the result itself has before it, as "eager" sees them in
+    float32: its log-probability, and that no other token is clearly more likely."""
+    model = build(available(name), "eager", dtype=torch.float32)
+    bound = 1e-4 if EXACT else 0.1
+    for result in results:
+        start, new = len(result.prompt_ids), result.generated_tokens
+        ids = torch.tensor([result.prompt_ids + new], device=DEVICE)
+        known = model(ids).logits[0, start - 1 : -1].log_softmax(-1).cpu()
+        logprobs = known.gather(1, torch.tensor(new)[:, None])[:, 0]
+        assert len(new) == NEW and result.error is None
+        assert (known.amax(-1) - logprobs).max() <= bound, "not the most likely token"
+        assert (torch.tensor(result.logprobs) - logprobs).abs().max() <= bound, "other logits"
+
+
 @pytest.fixture
 def steps(monkeypatch):
     """(kind of layer, requests, longest new part of a request) of every call."""
@@ -118,6 +135,18 @@ def test_same_tokens_as_eager(name, steps):
     assert any(requests > 1 and longest == 1 for _, requests, longest, _ in steps), "decode"
     kinds = {kind for kind, *_ in steps}
     assert ("sliding_attention" in kinds) == (name in WINDOWED)
+
+
+@pytest.mark.parametrize("graphs", [False, pytest.param(True, marks=NEEDS_GRAPHS)])
+@pytest.mark.parametrize("name", [*FULL, *WINDOWED, "gemma2"])
+def test_every_token_follows_from_its_context(name, graphs):
+    skip_broken_windows("gemma3_text" if name == "gemma2" else name)
+    options = {"use_cuda_graph": graphs, "return_logprobs": True}
+    results = serve(name, "heed", PROMPTS, max_batch_tokens=9, **options)
+    assert_follow_from_their_context(name, results)
+    results[2].generated_tokens[5] ^= 1
+    with pytest.raises(AssertionError):
+        assert_follow_from_their_context(name, results)
 
 
 @pytest.mark.parametrize("page_size", [5, 16])
@@ -195,7 +224,7 @@ def test_block_tables(steps):
     assert {table for *_, table in steps} == {False, True}
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@NEEDS_GRAPHS
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("use_async", [False, True])
 def test_cuda_graphs(name, use_async):
