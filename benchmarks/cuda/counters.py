@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,14 @@ METRICS = {
     "L2 read MB": "lts__t_sectors_op_read.sum",
 }
 UNITS = {"us": 1e-3, "DRAM MB": 1e-6, "L2 read MB": 32e-6}  # from ns, bytes and sectors of 32 bytes
-# A part of the names of the peers' kernels, one of which each call launches.
-KERNELS = {"heed": "sm90::forward", "cudnn": "sdpa", "fa4": "FlashAttention"}
+# In the mangled names of the peers' kernels, one of which each call launches: of other names ncu
+# prints no namespaces.
+KERNELS = {
+    "heed": r"^_ZN4heed4sm\d\d7forward",
+    "flash": r"flash_fwd_(splitkv_)?kernel",
+    "cudnn": r"^cudnn_.*sdpa",
+    "fa4": r"FlashAttention",
+}
 
 
 @torch.no_grad()
@@ -59,7 +66,8 @@ def launch_all() -> None:
 def measure() -> list[dict]:
     """ncu's table of launch_all() in a process of its own, a dictionary per case."""
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]
-    command += ["--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS.values())]
+    command += ["--page", "raw", "--print-units", "base", "--print-kernel-base", "mangled"]
+    command += ["--metrics", ",".join(METRICS.values())]
     if shutil.which(command[0]) is None:
         sys.exit("ncu must be in PATH: a full CUDA installation has it")
     done = subprocess.run(
@@ -73,16 +81,23 @@ def measure() -> list[dict]:
         f"ncu does not know {set(METRICS.values()) - set(head)}"
     )
     cells = [{"shape": name_of(*case), "peers": {}} for case in CASES]
-    for peer, part in KERNELS.items():
-        own = [x for x in launches if part.lower() in x["Kernel Name"].lower()]
-        if own and len(own) != len(CASES):
-            sys.exit(f"{peer}: {len(own)} launches of {part}, {len(CASES)} were expected")
+    names = sorted({launch["Kernel Name"] for launch in launches})
+    for peer in KERNELS:
+        own = [x for x in launches if peer_of(x["Kernel Name"]) == peer]
+        # Peers need not be there.
+        if (own or peer == "heed") and len(own) != len(CASES):
+            sys.exit(f"{peer}: {len(own)} launches, {len(CASES)} were expected, of {names}")
         for cell, launch in zip(cells, own, strict=False):
             cell["peers"][peer] = {
                 name: float(launch[metric].replace(",", "")) * UNITS.get(name, 1.0)
                 for name, metric in METRICS.items()
             }
     return cells
+
+
+def peer_of(kernel: str) -> str | None:
+    """Whose kernel has this mangled name."""
+    return next((peer for peer, own in KERNELS.items() if re.search(own, kernel)), None)
 
 
 def name_of(d: int, seqlen: int, causal: bool) -> str:

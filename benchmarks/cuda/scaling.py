@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from machine import machine
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,7 +30,8 @@ from heed import sdpa
 RESULT = Path(__file__).resolve().parents[1] / "results" / "cuda_scaling.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, KEY_HEADS, DIM = 32, 8, 128
-SEQLENS = (8192, 32768, 131072)
+SEQLENS = (8192, 32768, 65536)
+SECONDS = 1.0  # of a measurement, unless 3 rounds take longer
 
 
 def on_cpu(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor:
@@ -43,33 +44,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def milliseconds(call: Callable[[], object], rounds: int) -> float:
-    times = torch.zeros(rounds)
-    for index in range(-2, rounds):
-        dist.barrier()
+def milliseconds(call: Callable[[], object], rounds: int, group: dist.ProcessGroup) -> float:
+    """The first round counts for nothing; the second says how many fit into SECONDS."""
+    times: list[float] = []
+    count = rounds
+    while len(times) <= count:
+        dist.barrier(group)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        if index >= 0:
-            times[index] = (time.perf_counter() - start) * 1e3
-    times = times.to(DEVICE)
-    dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    return statistics.median(times.tolist())
+        slowest = torch.tensor(time.perf_counter() - start, device=DEVICE)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+        times.append(slowest.item() * 1e3)
+        if len(times) == 2:
+            count = min(rounds, max(3, int(SECONDS * 1e3 / times[1])))
+    return statistics.median(times[1:])
 
 
-def measure(seqlen: int, rounds: int) -> dict[str, float]:
-    """ms of a forward pass and of a forward with a backward pass, in this process group."""
+def measure(seqlen: int, rounds: int, mesh: DeviceMesh) -> dict[str, float]:
+    """ms of a forward pass and of a forward with a backward pass, by the processes of a mesh."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     q, k, v = (
         torch.randn(1, heads, seqlen, DIM, device=DEVICE, dtype=dtype)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     )
     parts: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if dist.get_world_size() > 1:
-        mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    if mesh.size() > 1:
         parts = context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2])
     with parts:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -82,13 +85,25 @@ def measure(seqlen: int, rounds: int) -> dict[str, float]:
         def training() -> None:
             torch.autograd.grad(attend(*inputs), inputs, dout)
 
+        group = mesh.get_group()
         return {
-            "forward": milliseconds(forward, rounds),
-            "training": milliseconds(training, rounds),
+            "forward": milliseconds(forward, rounds, group),
+            "training": milliseconds(training, rounds, group),
         }
 
 
-def process(rank: int, size: int, folder: str, rounds: int, seqlens: tuple[int, ...]) -> None:
+def line(cell: dict, name: str, alone: dict[str, float]) -> str:
+    text = f"{cell['gpus']:4} {cell['seqlen']:8} {name:8}"
+    for work, width in (("forward", 12), ("training", 13)):
+        ms = cell[name][work]
+        text += f"{ms:{width}.3f}{alone[work] / ms:6.2f}"
+    return text
+
+
+def process(
+    rank: int, sizes: list[int], folder: str, rounds: int, seqlens: tuple[int, ...]
+) -> None:
+    """One of as many as the last of `sizes`; of a smaller size the others wait, with an idle GPU."""
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     else:
@@ -96,26 +111,36 @@ def process(rank: int, size: int, folder: str, rounds: int, seqlens: tuple[int, 
         on_cpu.__name__ = "scaled_dot_product_attention"  # the name that context_parallel looks for
         F.scaled_dot_product_attention = on_cpu
     dist.init_process_group(
-        "nccl" if DEVICE == "cuda" else "gloo",
-        init_method=f"file://{folder}/store{size}",
+        "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
+        init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=size,
+        world_size=sizes[-1],
     )
-    cells = []
+    waiting = dist.new_group(backend="gloo")
+    meshes = [DeviceMesh(DEVICE, list(range(size))) for size in sizes]
+    peers = {"heed": lambda: sdpa.activated(unsupported="error")}
+    if DEVICE == "cuda":
+        peers["torch"] = contextlib.nullcontext
+    cells, alone = [], {}
     for seqlen in seqlens:
-        cell = {"gpus": size, "seqlen": seqlen}
-        with sdpa.activated(unsupported="error"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            cell["heed"] = measure(seqlen, rounds)
-        if DEVICE == "cuda":
-            try:
-                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                    cell["torch"] = measure(seqlen, rounds)
-            except RuntimeError as error:
-                print(f"  PyTorch's kernels fail: {str(error).splitlines()[0]}")
-        cells.append(cell)
+        for mesh in meshes:
+            cell = {"gpus": mesh.size(), "seqlen": seqlen}
+            for name, kernels in peers.items() if rank < mesh.size() else ():
+                try:
+                    with kernels(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                        cell[name] = measure(seqlen, rounds, mesh)
+                except RuntimeError as error:
+                    if name == "heed":
+                        raise
+                    print(f"  PyTorch's kernels fail: {str(error).splitlines()[0]}", flush=True)
+                    continue
+                if rank == 0:
+                    print(line(cell, name, alone.setdefault((seqlen, name), cell[name])), flush=True)
+            cells.append(cell)
+            dist.barrier(waiting)
     if rank == 0:
-        Path(folder, f"{size}.json").write_text(json.dumps(cells))
-    dist.barrier()
+        Path(folder, "cells.json").write_text(json.dumps(cells))
+    dist.barrier(waiting)
     dist.destroy_process_group()
 
 
@@ -130,25 +155,13 @@ def main() -> None:
     if len(sizes) < 2:
         raise SystemExit("this needs two GPUs, and PyTorch sees one")
     seqlens = (64, 128) if args.tiny else SEQLENS
-    cells = []
     columns = f"{'forward ms':>12}{'x':>6}{'training ms':>13}{'x':>6}"
-    print(f"{'GPUs':>4} {'seqlen':>8} {'kernels':8}{columns}")
+    print(f"{'GPUs':>4} {'seqlen':>8} {'kernels':8}{columns}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for size in sizes:
-            torch.multiprocessing.spawn(
-                process, (size, folder, args.rounds, seqlens), nprocs=size, join=True
-            )
-            cells += json.loads(Path(folder, f"{size}.json").read_text())
-    alone = {cell["seqlen"]: cell for cell in cells if cell["gpus"] == 1}
-    for cell in cells:
-        for name in ("heed", "torch"):
-            if name not in cell:
-                continue
-            text = f"{cell['gpus']:4} {cell['seqlen']:8} {name:8}"
-            for work, width in (("forward", 12), ("training", 13)):
-                ms = cell[name][work]
-                text += f"{ms:{width}.3f}{alone[cell['seqlen']][name][work] / ms:6.2f}"
-            print(text)
+        torch.multiprocessing.spawn(
+            process, (sizes, folder, args.rounds, seqlens), nprocs=sizes[-1], join=True
+        )
+        cells = json.loads(Path(folder, "cells.json").read_text())
     if args.save:
         about = machine()
         if DEVICE == "cuda":

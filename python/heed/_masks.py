@@ -210,11 +210,13 @@ def name_and_closure(function: Callable) -> tuple[str, dict]:
     code = getattr(function, "__code__", None)
     name, free = _name_of(code), {}
     if name and code.co_freevars:
-        cells = getattr(function, "__closure__", None)
+        cells = None
         if _CLOSURES_ARE_HIDDEN and torch.compiler.is_dynamo_compiling():
             from torch._dynamo.comptime import comptime
 
             comptime(_show_closure)
+        if cells is None:
+            cells = function.__closure__
         for index in range(len(code.co_freevars)):
             free[code.co_freevars[index]] = cells[index].cell_contents
     return name, free
