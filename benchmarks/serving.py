@@ -172,6 +172,7 @@ def measure(work: Work, attentions: list[str], rounds: int, dtype: torch.dtype) 
                 seconds[name].append(taken)
     for server in servers.values():
         server.stop()
+    servers.clear()  # their caches are large
     rates = {name: work.requests / statistics.median(times) for name, times in seconds.items()}
     reference = copy.deepcopy(model).float()
     reference.set_attn_implementation("sdpa")

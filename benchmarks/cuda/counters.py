@@ -45,7 +45,7 @@ KERNELS = {
     "heed": r"^_ZN4heed4sm\d\d7forward",
     "flash": r"flash_fwd_(splitkv_)?kernel",
     "cudnn": r"^cudnn_.*sdpa",
-    "fa4": r"FlashAttention",
+    "fa4": r"(?i)flash_?attention",
 }
 
 
