@@ -190,18 +190,20 @@ def model_table(data: dict) -> str:
 def serving_table(data: dict) -> str:
     """One line per workload with the attentions side by side, then where it was measured."""
     names = list(dict.fromkeys(name for cell in data["cells"] for name in cell["requests_per_s"]))
-    lines = [
-        f"| work | shape | dtype | {' | '.join(f'{name} requests/s' for name in names)} "
-        "| heed over sdpa |",
-        "|---|---|---|" + "---|" * (len(names) + 1),
-    ]
+    head = ["work", "shape", "dtype", *(f"{name} requests/s" for name in names), "heed over sdpa"]
+    judged = all("judged" in cell for cell in data["cells"])  # not in results before 2026-11-25
+    if judged:
+        head += [f"{name}: fp32's tokens, worst behind" for name in names]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell in data["cells"]:
         rate = cell["requests_per_s"]
         rates = [f"{rate[name]:.3g}" if name in rate else "-" for name in names]
         over = f"**{rate['heed'] / rate['sdpa']:.2f}x**"
-        lines.append(
-            f"| {' | '.join([cell['work'], cell['shape'], cell['dtype'], *rates, over])} |"
-        )
+        row = [cell["work"], cell["shape"], cell["dtype"], *rates, over]
+        for name in names if judged else ():
+            told = cell["judged"][name]
+            row.append(f"{told['same']:.1%}, {told['behind']:.2g}")
+        lines.append(f"| {' | '.join(row)} |")
     m = data["machine"]
     threads = "1 thread" if m.get("threads") == "1" else f"{m.get('threads')} threads"
     where = m.get("gpu") or f"{m['cpu']}, {threads}, kernels `{m['kernels']}`"
