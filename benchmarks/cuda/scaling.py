@@ -103,7 +103,7 @@ def line(cell: dict, name: str, alone: dict[str, float]) -> str:
 def process(
     rank: int, sizes: list[int], folder: str, rounds: int, seqlens: tuple[int, ...]
 ) -> None:
-    """One of as many as the last of `sizes`; of a smaller size the others wait, with an idle GPU."""
+    """One of as many as the last of `sizes` says; while fewer are measured, the others wait."""
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     else:
@@ -135,7 +135,8 @@ def process(
                     print(f"  PyTorch's kernels fail: {str(error).splitlines()[0]}", flush=True)
                     continue
                 if rank == 0:
-                    print(line(cell, name, alone.setdefault((seqlen, name), cell[name])), flush=True)
+                    own = alone.setdefault((seqlen, name), cell[name])
+                    print(line(cell, name, own), flush=True)
             cells.append(cell)
             dist.barrier(waiting)
     if rank == 0:

@@ -29,9 +29,9 @@ SEQLEN = 24
 HEADS, KEY_HEADS = 4, 2
 RELEASE = Version(transformers.__version__)
 # Of the models. heed's kernels for GPUs take 16 bits, so there a model in float32 has its attention
-# in bfloat16, and all that bfloat16 rounds is the same in one process and in two.
+# in float16, which rounds 8 times finer than bfloat16 and in no other place.
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float32)}
-TOLERANCE = {"cpu": {torch.float32: 1e-4}, "cuda": {torch.bfloat16: 6e-2, torch.float32: 1e-2}}
+TOLERANCE = {"cpu": {torch.float32: 1e-4}, "cuda": {torch.bfloat16: 6e-2, torch.float32: 3e-2}}
 
 CASES: dict[str, Callable] = {}
 
@@ -115,8 +115,8 @@ def assert_same_tokens(got: Tensor, want: Tensor) -> None:
 def assert_same_gradients(model, reference, scale: float = 1.0, plain_is_local: bool = False):
     """Parameters of `model` are whole, DTensors, or this process's part of those of `reference`.
 
-    In a model of 16 bits all of them together: the bias of a router has a gradient of terms that
-    cancel, and with one process and "eager" too bfloat16 is off by 0.1 to 0.5 of it.
+    In a model of 16 bits all of them together: the gradient of a router's bias is a sum of terms
+    that cancel, and in one process and with "eager" too bfloat16 is off by 0.1 to 0.5 of it.
     """
     wanted = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     errors, norms = [], []
@@ -412,7 +412,7 @@ def in_16_bits(attention: Callable) -> Callable:
     """heed's attention for a model of float32, between conversions."""
 
     def converted(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
-        q, k, v = (x.bfloat16() for x in (query, key, value))
+        q, k, v = (x.half() for x in (query, key, value))
         return attention(q, k, v, **options).to(query.dtype)
 
     return converted
@@ -434,7 +434,7 @@ def main(device: str, rank: int, size: int, folder: Path, engine: str) -> None:
     for name, function in CASES.items():
         for World.dtype in DTYPES[device] if name.startswith(engine) else ():
             print(name, World.dtype, flush=True)
-            if World.dtype == torch.float32 and torch.bfloat16 in DTYPES[device]:
+            if World.dtype == torch.float32 and len(DTYPES[device]) > 1:
                 heed.transformers.attention = in_16_bits(attention)
             try:
                 function()
