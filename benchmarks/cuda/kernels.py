@@ -121,6 +121,25 @@ def sdpa_backward_call(backend: str, q: Tensor, k: Tensor, v: Tensor, dout: Tens
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
+def fa4_backward_call(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> Callable:
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = fa4(*leaves, causal=causal)
+    out = out[0] if isinstance(out, tuple) else out
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def backward_calls(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool
+) -> dict[str, Callable]:
+    """As forward_calls."""
+    calls = {"heed": backward_call(q, k, v, dout, causal=causal)}
+    calls |= {b: sdpa_backward_call(b, q, k, v, dout, causal) for b in BACKENDS}
+    name = f"FA4's backward at d{q.shape[-1]}"
+    if fa4 is not None and works(lambda: fa4_backward_call(q, k, v, dout, causal)(), name):
+        calls["fa4"] = fa4_backward_call(q, k, v, dout, causal)
+    return calls
+
+
 def cell(name: str, shape: str, work: float, unit: str, ms: dict[str, float]) -> dict:
     """`work` in units of 1e9: FLOPs for TFLOPS, bytes for TB/s."""
     result = {"work": name, "shape": shape, "unit": unit, "ms": ms}
@@ -145,8 +164,7 @@ def dense(which: str, seqlens: tuple[int, ...], dims: tuple[int, ...]) -> list[d
                         calls["cublas"] = matmul_call()
                 else:
                     flops *= 2.5
-                    calls = {"heed": backward_call(q, k, v, dout, causal=causal)}
-                    calls |= {b: sdpa_backward_call(b, q, k, v, dout, causal) for b in BACKENDS}
+                    calls = backward_calls(q, k, v, dout, causal)
                 shape = f"d{d} {batch}x{seqlen} {'causal' if causal else 'full'}"
                 with torch.set_grad_enabled(which != "forward"):
                     ms = medians(calls)

@@ -81,7 +81,7 @@ int cpu_splits(const ForwardProblem& p, int wanted) {
 
 int splits_of(const KernelRow& row, const ForwardProblem& p, const Device& device,
               const Options& options) {
-  if (row.pass != Pass::decode && !row.bulk) return 1;
+  if (row.pass == Pass::backward || (row.pass == Pass::forward && !row.bulk)) return 1;
   if (device.is_cpu()) return cpu_splits(p, options.splits);
   // Decode packs the query heads of a key head into its tiles; a forward has tiles of each.
   const std::int64_t heads = row.pass == Pass::decode ? p.k.heads() : p.q.heads();
@@ -151,7 +151,9 @@ Request request_of(const ForwardProblem& problem, const Device& device, const Op
 }
 
 Request request_of(const BackwardProblem& problem, const Device& device, const Options& options) {
-  return request_of(Pass::backward, problem.forward, device, options);
+  Request request = request_of(Pass::backward, problem.forward, device, options);
+  request.bulk = is_bulk(problem);
+  return request;
 }
 
 std::string describe(const Plan& plan) {

@@ -24,5 +24,6 @@ inline bool is_bulk(const ConstTensorView& x) {
 inline bool is_bulk(const ForwardProblem& p) {
   return is_bulk(p.q) && is_bulk(p.k) && is_bulk(p.v);
 }
+inline bool is_bulk(const BackwardProblem& p) { return is_bulk(p.forward) && is_bulk(p.dout); }
 
 }  // namespace heed

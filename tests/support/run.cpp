@@ -6,6 +6,7 @@
 #include <set>
 #include <sstream>
 #include <thread>
+#include <type_traits>
 
 #include "support/gate.hpp"
 #include "support/gpu.hpp"
@@ -54,12 +55,14 @@ ForwardProblem& forward_of(BackwardProblem& problem) { return problem.forward; }
 template <class AnyProblem>
 Result<Plan> plan_row(const KernelRow& row, AnyProblem problem, const RunOptions& options) {
   if (row.bulk) {
+    const auto align = [](ConstTensorView& view) {
+      view = aligned_strides(view);
+      view.data = reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(view.data) &
+                                                ~std::uintptr_t{15});
+    };
     ForwardProblem& f = forward_of(problem);
-    for (ConstTensorView* view : {&f.q, &f.k, &f.v}) {
-      *view = aligned_strides(*view);
-      view->data = reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(view->data) &
-                                                 ~std::uintptr_t{15});
-    }
+    for (ConstTensorView* view : {&f.q, &f.k, &f.v}) align(*view);
+    if constexpr (std::is_same_v<AnyProblem, BackwardProblem>) align(problem.dout);
   }
   const std::string name = name_of(row);
   Result<Plan> made = plan(
@@ -75,7 +78,7 @@ Result<Plan> plan_row(const KernelRow& row, AnyProblem problem, const RunOptions
 const KernelRow* forward_partner(const KernelRow& row, const ForwardProblem& problem) {
   for (const KernelRow& other : registry())
     if (other.arch == row.arch && other.pass == Pass::forward && other.dtype == row.dtype &&
-        plan(problem, machine_of(other, 1), {.force = name_of(other).c_str()}).ok())
+        plan_row(other, problem, {}).ok())
       return &other;
   return nullptr;
 }

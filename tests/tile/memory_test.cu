@@ -73,7 +73,7 @@ struct Add {
 
   __device__ void operator()(Shared&) const {
     const auto block = static_cast<float>(blockIdx.x), lane = static_cast<float>(threadIdx.x);
-    ptx::add_to_global(target + 8 * threadIdx.x, {1.f, lane, -2.f * lane, block});
+    ptx::add_to_global<0>(target + 8 * threadIdx.x, {1.f, lane, -2.f * lane, block});
   }
 };
 

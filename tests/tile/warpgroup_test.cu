@@ -124,6 +124,31 @@ struct Scores {
   }
 };
 
+// The same of 64 rows, with the left operand in registers.
+template <class Element, int kN, int kCols>
+struct HeldScores {
+  using Left = tile::PanelTile<Element, 64, kCols>;
+  using Right = tile::PanelTile<Element, kN, kCols>;
+  struct alignas(1024) Shared {
+    Left left;
+    Right right;
+  };
+  const Element *left, *right;
+  float* out;  // [64][kN]
+
+  __device__ void operator()(Shared& shared) const {
+    fill(shared.left, left);
+    fill(shared.right, right);
+    ptx::fence_async_proxy();
+    __syncthreads();
+    tile::Accumulator<1, kN / 8> acc;
+    tile::begin_matmul_nt<Right>(acc, tile::load_matrices(shared.left, 16 * tile::warp()),
+                                 shared.right.by_rows());
+    tile::wait_matmul<0>(acc);
+    unload(acc, out + 16 * tile::warp() * kN, kN);
+  }
+};
+
 template <class Element, int kK, int kCols>
 struct Sums {
   using Right = tile::PanelTile<Element, kK, kCols>;
@@ -143,6 +168,32 @@ struct Sums {
     tile::begin_matmul_nn<Right>(acc, tile::to_operand<Element>(from), shared.by_columns());
     tile::wait_matmul<0>(acc);
     unload(acc, out + 16 * tile::warp() * kCols, kCols);
+  }
+};
+
+// Columns [kFirst, kFirst + kWidth) of left^T right; those from kCols on are anything.
+template <class Element, int kCols, int kFirst, int kWidth>
+struct TransposedSums {
+  using Left = tile::PanelTile<Element, 128, 64>;
+  using Right = tile::PanelTile<Element, 128, kCols>;
+  struct alignas(1024) Shared {
+    Left left;
+    Right right;
+  };
+  const Element *left, *right;
+  float* out;  // [64][kWidth]
+
+  __device__ void operator()(Shared& shared) const {
+    fill(shared.left, left);
+    fill(shared.right, right);
+    ptx::fence_async_proxy();
+    __syncthreads();
+    tile::Accumulator<1, kWidth / 8> acc;
+    tile::begin_matmul_tn<Left, Right>(
+        acc, shared.left.by_columns(),
+        tile::columns_from<Right>(shared.right.by_columns(), kFirst));
+    tile::wait_matmul<0>(acc);
+    unload(acc, out + 16 * tile::warp() * kWidth, kWidth);
   }
 };
 
@@ -188,6 +239,57 @@ TEST_F(TileWarpgroup, ProductsOfTheForward) {
   constexpr auto kAll = std::make_index_sequence<sm90::kForwardTiles.size()>();
   check_products<bf16>(kAll);
   check_products<f16>(kAll);
+}
+
+// dQ = dS K, a part of the channels.
+template <class Element, int kCols, int kFirst, int kWidth>
+void check_transposed() {
+  constexpr int kWanted = kFirst + kWidth < kCols ? kWidth : kCols - kFirst;
+  SCOPED_TRACE("channels " + std::to_string(kFirst) + " to " + std::to_string(kFirst + kWanted) +
+               " of " + std::to_string(kCols));
+  const Matrix ds = small_integers(128, 64, 8), k = small_integers(128, kCols, 9);
+  const DeviceArray<Element> left(rounded<Element>(ds)), right(rounded<Element>(k));
+  const DeviceArray<float> out(64 * kWidth);
+  launch(TransposedSums<Element, kCols, kFirst, kWidth>{left.data(), right.data(), out.data()},
+         128);
+  const Matrix whole = product(Matrix(64, kCols), transposed(ds), k);
+  const Matrix found = matrix_of(64, kWidth, out.values());
+  Matrix expected(64, kWanted), wanted(64, kWanted);
+  for (int row = 0; row < 64; ++row)
+    for (int col = 0; col < kWanted; ++col) {
+      expected(row, col) = whole(row, kFirst + col);
+      wanted(row, col) = found(row, col);
+    }
+  expect_equal(expected, wanted, "dQ = dS K");
+}
+template <class Element>
+void check_transposed() {
+  check_transposed<Element, 64, 0, 32>();
+  check_transposed<Element, 64, 32, 32>();
+  check_transposed<Element, 96, 0, 64>();
+  check_transposed<Element, 96, 64, 64>();
+  check_transposed<Element, 128, 64, 64>();
+}
+
+TEST_F(TileWarpgroup, TransposedProductsOfTheBackward) {
+  check_transposed<bf16>();
+  check_transposed<f16>();
+}
+
+template <class Element, int kCols>
+void check_held() {
+  const Matrix k = small_integers(64, kCols, 1), q = small_integers(64, kCols, 2);
+  const DeviceArray<Element> left(rounded<Element>(k)), right(rounded<Element>(q));
+  const DeviceArray<float> out(64 * 64);
+  launch(HeldScores<Element, 64, kCols>{left.data(), right.data(), out.data()}, 128);
+  expect_equal(product(Matrix(64, 64), k, transposed(q)), matrix_of(64, 64, out.values()),
+               "S^T = K Q^T, K held");
+}
+
+TEST_F(TileWarpgroup, ProductsOfHeldKeys) {
+  check_held<bf16, 64>();
+  check_held<f16, 64>();
+  check_held<bf16, 96>();
 }
 
 // ---- results ----

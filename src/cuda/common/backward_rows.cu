@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kThreads) find_rows(const __grid_constant__ Pa
   const std::int64_t tile = p.tiles.index(at, m_tile) * heads + head;
   auto* sums = reinterpret_cast<float4*>(p.sums.dq + tile * p.sums.floats);
   for (int i = static_cast<int>(threadIdx.x); i < p.sums.floats / 4; i += kThreads) sums[i] = {};
-  if (threadIdx.x == 0 && p.sums.turns != nullptr) p.sums.turns[tile] = 0;
+  if (p.sums.turns != nullptr && static_cast<int>(threadIdx.x) < p.sums.writers)
+    p.sums.turns[tile * p.sums.writers + threadIdx.x] = 0;
 
   const auto* out = first_row<const Element>(f.out, at.q, head);
   const auto* dout = first_row<const Element>(p.problem.dout, at.q, head);

@@ -34,7 +34,8 @@ struct BackwardBounds {
 struct QuerySums {
   float* dq;   // [count_of, heads_q, floats]
   int floats;  // of a tile, a multiple of 4
-  int* turns;  // [count_of, heads_q] or nullptr
+  int* turns;  // [count_of, heads_q, writers] or nullptr
+  int writers;
 };
 
 // Tiles of tile_m query rows, numbered through all entries; some numbers may stay unused.

@@ -23,6 +23,16 @@ __device__ __forceinline__ void cp_async(std::uint32_t target, const void* sourc
                : "memory");
 }
 
+// kBytes, 4 or 8, which both addresses are multiples of.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_word(std::uint32_t target, const void* source,
+                                              bool valid) {
+  const int bytes = valid ? kBytes : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(target), "l"(source),
+               "r"(bytes), "n"(kBytes)
+               : "memory");
+}
+
 // Closes this thread's group of copies.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -35,17 +45,18 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// target[0..3] += x, each component atomic; `target` is a multiple of 16 bytes.
+// target[kOffset + (0..3)] += x, each component atomic; target + kOffset is a multiple of 16 bytes.
+template <int kOffset>
 __device__ __forceinline__ void add_to_global(float* target, float4 x) {
 #if __CUDA_ARCH__ >= 900  // vector reductions begin with sm_90
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x.x), "f"(x.y),
-               "f"(x.z), "f"(x.w)
+  asm volatile("red.global.add.v4.f32 [%0 + %5], {%1, %2, %3, %4};" ::"l"(target), "f"(x.x),
+               "f"(x.y), "f"(x.z), "f"(x.w), "n"(4 * kOffset)
                : "memory");
 #else
-  atomicAdd(target, x.x);
-  atomicAdd(target + 1, x.y);
-  atomicAdd(target + 2, x.z);
-  atomicAdd(target + 3, x.w);
+  atomicAdd(target + kOffset, x.x);
+  atomicAdd(target + kOffset + 1, x.y);
+  atomicAdd(target + kOffset + 2, x.z);
+  atomicAdd(target + kOffset + 3, x.w);
 #endif
 }
 

@@ -24,7 +24,7 @@
 #include "core/mask.hpp"
 #include "core/schedule.hpp"
 #include "core/score.hpp"
-#include "cuda/common/backward_rows.cuh"
+#include "cuda/common/backward_steps.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/common/score.cuh"
 #include "cuda/ptx/barrier.cuh"
@@ -33,6 +33,8 @@
 #include "cuda/tile/gemm.cuh"
 
 namespace heed::sm80 {
+
+using cuda::BackwardParams, cuda::BackwardWork, cuda::Step;
 
 template <class ElementType, BackwardTile kTile, class ScorePolicy>
 struct BackwardConfig {
@@ -49,6 +51,8 @@ struct BackwardConfig {
   static constexpr int kQueryM = tile.head_dim % (16 * kWarps * 32 / tile.tile_m) == 0 ? 2 : 1;
   static constexpr int kQueryParts = kWarps * 16 * kQueryM / tile.tile_m;
   static constexpr int kQueryChannels = tile.head_dim / kQueryParts;
+  static constexpr int kQueryFloats = tile.tile_m * tile.head_dim;
+  static constexpr int kWriters = 1;  // to a tile of dq, of a CTA
   using Scores = tile::Accumulator<kM, kScoreCols / 8>;
   using Keys = tile::Accumulator<kM, kChannels / 8>;
   using Queries = tile::Accumulator<kQueryM, kQueryChannels / 8>;
@@ -71,106 +75,6 @@ struct BackwardConfig {
                 tile.head_dim % (16 * kQueryParts) == 0);
   static_assert(sizeof(Smem) <= 227 * 1024, "the tile does not fit in shared memory");
 };
-
-struct BackwardParams {
-  BackwardProblem problem;  // pointers are device pointers
-  float scale;
-  ItemOrder order;  // items are key heads of all entries
-  int group;
-  cuda::QueryTiles tiles;
-  const cuda::BackwardRow* rows;   // as lse
-  const cuda::TileLimits* limits;  // [query tiles]
-  float* dq;                       // [query tiles, heads_q, tile_m * head_dim] in register order
-  const cuda::BackwardBounds* bounds;  // f16 only
-  int* turns;  // [query tiles, heads_q] key tiles that were added; nullptr: any order
-  bool q_wide, k_wide, v_wide, dout_wide, dq_wide, dk_wide, dv_wide;
-};
-
-// What dS is multiplied by before it is rounded to 16 bits.
-template <class C>
-__device__ __forceinline__ float ds_scale_of(const BackwardParams& p) {
-  if constexpr (!C::kBounded) return 1.f;
-  const cuda::BackwardBounds b = *p.bounds;
-  return f16_ds_scale(b.dout, b.v, b.delta, 1.f / (1.f - p.problem.forward.dropout.probability));
-}
-
-struct BackwardWork {
-  SequenceSlice at;
-  const cuda::TileLimits* limits;  // of the entry's tiles of query rows
-  int head_k;
-  int n_tile, key0;
-  // Tiles of query rows that see a key of this CTA: all of [first_tile, last_tile], or, where
-  // `listed`, those of them that `limits` says. The rows of [first_inside, last_inside] see all its
-  // keys; where listed, `limits` says that too.
-  int first_tile, last_tile, first_inside, last_inside;
-  bool listed;
-};
-
-// One step: a tile of query rows of one head.
-struct Step {
-  int head;  // within the group; group: no step is left
-  int m_tile;
-  bool inside;  // every row sees all keys of the CTA
-};
-
-template <class C>
-__device__ __forceinline__ bool meets(const cuda::TileLimits& t, const BackwardWork& work) {
-  return t.first < work.key0 + C::tile.tile_n && t.end > work.key0;
-}
-
-// Which tiles of query rows see a key of this CTA. Deterministic turns count those that `limits`
-// has.
-template <class C>
-__device__ __forceinline__ void find_steps(const BackwardParams& p, typename C::Smem& smem,
-                                           BackwardWork& work) {
-  constexpr int kTile = C::tile.tile_m;
-  const int key_end = work.key0 + C::tile.tile_n;
-  const ForwardProblem& f = p.problem.forward;
-  work.listed = f.intervals.rows != nullptr || p.turns != nullptr;
-  if (!work.listed) {
-    const TileRange rows = q_range(f.band, work.key0, key_end, work.at.q.length, work.at.k.length);
-    work.first_tile = rows.begin / kTile;
-    work.last_tile = ceil_div(rows.end, kTile) - 1;
-    work.first_inside = ceil_div(rows.interior_begin, kTile);
-    work.last_inside = key_end <= work.at.k.length ? rows.interior_end / kTile - 1 : -1;
-    return;
-  }
-  if (threadIdx.x == 0) {
-    smem.first_tile = INT_MAX;
-    smem.last_tile = -1;
-  }
-  __syncthreads();
-  const int count = ceil_div(work.at.q.length, kTile);
-  int first = INT_MAX, last = -1;
-  for (int m = static_cast<int>(threadIdx.x); m < count; m += C::kThreads)
-    if (meets<C>(work.limits[m], work)) {
-      first = min_of(first, m);
-      last = m;
-    }
-  if (last >= 0) {
-    atomicMin(&smem.first_tile, first);
-    atomicMax(&smem.last_tile, last);
-  }
-  __syncthreads();
-  work.first_tile = smem.first_tile;
-  work.last_tile = smem.last_tile;
-}
-
-// The step at or after `step`.
-template <class C>
-__device__ __forceinline__ Step settle(int group, const BackwardWork& work, Step step) {
-  for (; step.head < group; ++step.head, step.m_tile = work.first_tile)
-    for (; step.m_tile <= work.last_tile; ++step.m_tile) {
-      if (!work.listed) {
-        step.inside = step.m_tile >= work.first_inside && step.m_tile <= work.last_inside;
-        return step;
-      }
-      const cuda::TileLimits limits = work.limits[step.m_tile];
-      step.inside = limits.all_first <= work.key0 && limits.all_end >= work.key0 + C::tile.tile_n;
-      if (meets<C>(limits, work)) return step;
-    }
-  return step;
-}
 
 // Row 0 of a query head.
 template <class C>
@@ -270,27 +174,18 @@ __device__ __forceinline__ void differentiate(const BackwardParams& p, const typ
 template <class C>
 __device__ __forceinline__ void add_queries(const BackwardParams& p, const BackwardWork& work,
                                             const Step& step, const typename C::Queries& acc) {
-  const int head = work.head_k * p.group + step.head;
-  const std::int64_t index =
-      (work.limits - p.limits + step.m_tile) * p.problem.forward.q.heads() + head;
-  float* base = p.dq + index * (C::tile.tile_m * C::tile.head_dim) +
-                tile::warp() * (16 * C::kQueryM * C::kQueryChannels);
+  const std::int64_t index = cuda::sums_index(p, work, step);
+  float* base =
+      p.dq + index * C::kQueryFloats + tile::warp() * (16 * C::kQueryM * C::kQueryChannels);
   if (p.turns == nullptr) {
     tile::add_to_global(base, acc);
     return;
   }
-  // CTAs are dispatched in the order of their numbers, and those of this entry's smaller key tiles
-  // that see the rows all add to this counter, whatever the contents of the arrays: the wait ends.
-  const int turn = work.n_tile - work.limits[step.m_tile].first / C::tile.tile_n;
-  if (threadIdx.x == 0)
-    while (*static_cast<volatile int*>(p.turns + index) < turn) {
-    }
+  if (threadIdx.x == 0) cuda::wait_for_turn(p.turns + index, cuda::turn_of<C>(work, step));
   __syncthreads();
-  __threadfence();
   tile::add_to_global(base, acc);
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) atomicAdd(p.turns + index, 1);
+  if (threadIdx.x == 0) cuda::pass_turn(p.turns + index);
 }
 
 template <class C>
@@ -301,7 +196,7 @@ __device__ __forceinline__ void store_keys(const BackwardParams& p, typename C::
   const int row = tile::warp() / C::tile.share * C::tile.keys;
   const int col = tile::warp() % C::tile.share * C::kChannels;
   __syncthreads();  // the last dQ = dS K has read K
-  tile::scale(acc_dk, p.scale / ds_scale_of<C>(p));
+  tile::scale(acc_dk, p.scale / cuda::ds_scale_of<C>(p));
   if constexpr (C::Score::kDrops)
     tile::scale(acc_dv, 1.f / (1.f - p.problem.forward.dropout.probability));
   tile::store(smem.k, row, acc_dk, col);
@@ -365,10 +260,10 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
     if (tile::lane() == 0) b.arrive();
   };
   ptx::wait_for_kernel_before();  // only inputs of the problem were read until here
-  const float ds_scale = ds_scale_of<C>(p);
-  find_steps<C>(p, smem, work);
+  const float ds_scale = cuda::ds_scale_of<C>(p);
+  cuda::find_steps<C>(p, smem, work);
   __syncthreads();  // the barriers are ready
-  Step step = settle<C>(p.group, work, {0, work.first_tile, false});
+  Step step = cuda::settle<C>(p.group, work, {0, work.first_tile, false});
   if (work.last_tile < work.first_tile) step.head = p.group;
   QueryHead<C> head(p, work, 0);
   const auto load = [&](const Step& from, const Step& to, int stage) {
@@ -379,7 +274,7 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
   for (int i = 0; step.head < p.group; ++i) {
     constexpr bool kAhead = C::tile.stages == 2;
     const int stage = kAhead ? i & 1 : 0;
-    const Step next = settle<C>(p.group, work, {step.head, step.m_tile + 1, false});
+    const Step next = cuda::settle<C>(p.group, work, {step.head, step.m_tile + 1, false});
     smem.arrived[stage].wait(kAhead ? i >> 1 & 1 : i & 1);
 
     const bool boundary = !C::Score::kLocal || holes || !step.inside;
@@ -427,14 +322,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     backward(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   auto& smem = *reinterpret_cast<typename C::Smem*>(shared);
-  const int heads_k = static_cast<int>(p.problem.forward.k.heads());
-  const ItemTile block = p.order.at(static_cast<int>(blockIdx.x));
-  BackwardWork work{};
-  work.at = slice_of(p.problem.forward, block.item / heads_k);
-  work.limits = p.limits + p.tiles.index(work.at, 0);
-  work.head_k = block.item % heads_k;
-  work.n_tile = block.tile;
-  work.key0 = work.n_tile * C::tile.tile_n;
+  BackwardWork work = cuda::work_at<C>(p, static_cast<int>(blockIdx.x));
   ptx::launch_dependents();
   if (work.key0 >= work.at.k.length) return ptx::wait_for_kernel_before();
   differentiate_keys<C>(p, smem, work);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "cuda/ptx/mma.cuh"
 #include "cuda/tile/shared_tile.cuh"
@@ -178,13 +179,14 @@ __device__ __forceinline__ void store_global(const Accumulator<kM, kN>& acc, boo
 // per warp and fragment. `base`: 32 kM kN * 4 floats of this warp, a multiple of 16 bytes.
 template <int kM, int kN>
 __device__ __forceinline__ void add_to_global(float* base, const Accumulator<kM, kN>& acc) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const float(&x)[4] = acc.at[m][n];
-      ptx::add_to_global(base + 4 * (32 * (m * kN + n) + lane()), {x[0], x[1], x[2], x[3]});
-    }
+  float* mine = base + 4 * lane();
+  [&]<int... kFragment>(std::integer_sequence<int, kFragment...>) {
+    const auto add = [&]<int kAt>(const float(&x)[4]) {
+      ptx::add_to_global<128 * kAt>(mine, {x[0], x[1], x[2], x[3]});
+    };
+    (add.template operator()<kFragment>(acc.at[kFragment / kN][kFragment % kN]), ...);
+  }
+  (std::make_integer_sequence<int, kM * kN>());
 }
 
 template <int kM, int kN>

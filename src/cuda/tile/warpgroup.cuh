@@ -9,6 +9,12 @@
 
 namespace heed::tile {
 
+// Columns [begin, ...) of a tile that is read by columns; `begin` is a multiple of 32.
+template <class Tile>
+__device__ __forceinline__ Descriptor columns_from(Descriptor tile, int begin) {
+  return tile + (begin / 64 * Tile::kPanelBytes + begin % 64 * 2);
+}
+
 // The same in every lane, and the compiler knows it.
 __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
@@ -23,8 +29,22 @@ __device__ __forceinline__ void begin_matmul_nt(Accumulator<1, kN>& acc, Descrip
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Left::kCols / 16; ++k)
-    ptx::Wgmma<typename Left::Element, 8 * kN>::template ss<0>(
+    ptx::Wgmma<typename Left::Element, 8 * kN>::template ss<0, 0>(
         d, (left + Left::along_columns(k)).bits, (right + Right::along_columns(k)).bits, k > 0);
+  ptx::wgmma_commit();
+}
+
+// The same with `left` in registers.
+template <class Right, int kK, int kN>
+__device__ __forceinline__ void begin_matmul_nt(Accumulator<1, kN>& acc, const Operand<1, kK>& left,
+                                                Descriptor right) {
+  static_assert(Right::kCols == 16 * kK && Right::kRows == 8 * kN);
+  auto& d = reinterpret_cast<float(&)[4 * kN]>(acc.at);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kK; ++k)
+    ptx::Wgmma<typename Right::Element, 8 * kN>::template rs<0>(
+        d, left.at[0][k], (right + Right::along_columns(k)).bits, k > 0);
   ptx::wgmma_commit();
 }
 
@@ -42,6 +62,21 @@ __device__ __forceinline__ void begin_matmul_nn(Accumulator<1, kN>& acc, const O
   ptx::wgmma_commit();
 }
 
+// Begins acc = left^T right[:, begin .. begin + 8 kN), the rows of both summed over, and closes its
+// group. `left` as PanelTile::by_columns, of 64 columns; `right` likewise, from column `begin` on.
+template <class Left, class Right, int kN>
+__device__ __forceinline__ void begin_matmul_tn(Accumulator<1, kN>& acc, Descriptor left,
+                                                Descriptor right) {
+  static_assert(Left::kRows == Right::kRows && Left::kCols == 64);
+  auto& d = reinterpret_cast<float(&)[4 * kN]>(acc.at);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Left::kRows / 16; ++k)
+    ptx::Wgmma<typename Left::Element, 8 * kN>::template ss<1, 1>(
+        d, (left + Left::along_rows(k)).bits, (right + Right::along_rows(k)).bits, k > 0);
+  ptx::wgmma_commit();
+}
+
 // Returns once at most kPending groups are under way; acc belongs to one that is complete, and its
 // registers may be read from here on.
 template <int kPending, int kN>
@@ -53,15 +88,31 @@ __device__ __forceinline__ void wait_matmul(Accumulator<1, kN>& acc) {
     for (float& x : four) asm volatile("" : "+f"(x));
 }
 
-// Rounds to the tile's elements; rows [row, row + 16) of this warp, columns from 0 on.
+// Rows [row, row + 16) of a tile as this warp's left operand.
+template <class Tile>
+__device__ __forceinline__ Operand<1, Tile::kCols / 16> load_matrices(const Tile& tile, int row) {
+  Operand<1, Tile::kCols / 16> a;
+#pragma unroll
+  for (int k = 0; k < Tile::kCols / 16; ++k)
+    ptx::ldmatrix(a.at[0][k],
+                  ptx::shared_address(tile.chunk(row + lane() % 16, 2 * k + lane() / 16)));
+  return a;
+}
+
+// Rows [row, row + 16) of this warp, columns from 0 on; `row` is a multiple of 8.
+template <class Tile, int kK>
+__device__ __forceinline__ void store_matrices(Tile& tile, int row, const Operand<1, kK>& a) {
+  // Within a panel the chunks of a row differ by an exclusive or.
+  const std::uint32_t first = ptx::shared_address(tile.chunk(row + lane() % 16, lane() / 16));
+#pragma unroll
+  for (int k = 0; k < kK; ++k)
+    ptx::stmatrix((first ^ static_cast<std::uint32_t>(k % 4 * 32)) + k / 4 * Tile::kPanelBytes,
+                  a.at[0][k]);
+}
+// The same, rounded to the tile's elements.
 template <class Tile, int kN>
 __device__ __forceinline__ void store_matrices(Tile& tile, int row, const Accumulator<1, kN>& acc) {
-  using Element = typename Tile::Element;
-  const auto a = to_operand<Element>(acc);
-#pragma unroll
-  for (int k = 0; k < kN / 2; ++k)
-    ptx::stmatrix(ptx::shared_address(tile.chunk(row + lane() % 16, 2 * k + lane() / 16)),
-                  a.at[0][k]);
+  store_matrices(tile, row, to_operand<typename Tile::Element>(acc));
 }
 
 }  // namespace heed::tile
