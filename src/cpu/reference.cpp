@@ -67,7 +67,9 @@ Rounding rounding_of(const KernelRow& row) {
   r.delta = r.tensor;
   // BFDOT rounds its sums to odd: the error is spread over two spacings, and still without bias.
   const bool odd = row.arch == Arch::neon_bf16 && row.dtype == DType::bf16;
-  r.accumulate = odd ? 0x1p-23 : 0x1p-24;
+  // Tensor cores cut sums off: on an H100 a score of 182 from 240 products was 16 spacings short.
+  const bool cut = row.arch >= Arch::sm80;
+  r.accumulate = odd || cut ? 0x1p-23 : 0x1p-24;
   r.exp_ulp = 2;
   r.tanh_ulp = 4;
   r.flush = row.operand == DType::f16 ? 0x1p-24 : 0x1p-125;
