@@ -309,8 +309,8 @@ def counter_table(data: dict) -> str:
 
 
 def cuda_build_table(data: dict, part: str) -> str:
-    """What kernels of a family cost on sm_90, a line per pass and head_dim; `totals`: what the
-    build costs."""
+    """What kernels of a family cost on sm_90, a line per pass and head_dim; sm90_forward,
+    sm90_backward: of one pass; `totals`: what the build costs."""
     m, t, limits = data["machine"], data["totals"], data["limits"]
     where = f"nvcc {m['nvcc']}, {m['date']}, commit `{m['commit']}`: `{m['command']}`"
     if part == "totals":
@@ -324,22 +324,26 @@ def cuda_build_table(data: dict, part: str) -> str:
         ]
         on = f"{m['cpu']}, load average {m['load']}, GPUs `{m['archs']}`"
         return "\n".join([*lines, "", f"{on}, {where}"])
-    family = part or "sm80"
+    family, _, of_pass = (part or "sm80").partition("_")
     code = {"sm80": "sm_90", "sm90": "sm_90a"}[family]
-    scores = [s for s in ("plain", "softcap", "general") if family == "sm80" or s != "general"]
+    scores = ["plain", "softcap", "general"]
+    if family == "sm90":
+        scores = ["plain"] if of_pass == "backward" else ["plain", "softcap"]
     head = ["pass", "head_dim", "tile", "warps", "shared memory", "registers"]
     head += [f"spill bytes, {score}" for score in scores]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     groups: dict[tuple, list[dict]] = {}
     for k in data["kernels"]:
-        if k.get("family") == family and k["kernel"] != "finish_dq" and code in k["archs"]:
+        if k.get("family") == family and code in k["archs"]:
             pass_name = re.sub(rf"^{family}_|_hdim.*$", "", k["file"])
             groups.setdefault((pass_name, k["tile"]["head_dim"]), []).append(k)
-    for name in PASSES:
+    for name in [p for p in PASSES if p.startswith(of_pass)]:
         for dim in sorted(d for n, d in groups if n == name):
             group = groups[name, dim]
             tile = group[0]["tile"]
-            if family == "sm90":
+            if family == "sm90" and "consumers" not in tile:  # backward
+                tile_m, warps = tile["tile_m"], 4 + tile["tile_n"] // 16
+            elif family == "sm90":
                 tile_m, warps = 64 * tile["consumers"], 4 + 4 * tile["consumers"]
             else:
                 tile_m = tile["tile_m"]

@@ -35,7 +35,7 @@ COMPILED = re.compile(
 )
 # A kernel's template arguments: element, tile, score.
 ATTENTION = re.compile(
-    r"4heed4(?P<family>sm80|sm90)\d+(?P<kernel>forward|decode|backward|finish_dq)I\w*?Config"
+    r"4heed4(?P<family>sm80|sm90)\d+(?P<kernel>forward|decode|backward)I\w*?Config"
     r"INS_\d(?P<dtype>b?f16)E\w*?TileE(?P<tile>(?:L[ib]\d+E)+)E\w*?\d(?P<score>Plain|Softcap|General)Score"
 )
 HOPPER_FORWARD = (
@@ -49,6 +49,7 @@ HOPPER_FORWARD = (
     "q_slots",
 )
 FORWARD = ("head_dim", "tile_m", "tile_n", "warps", "ctas", "packed", "stages", "key_warps")
+HOPPER_BACKWARD = ("head_dim", "tile_m", "tile_n", "stages", "spare")
 BACKWARD = ("head_dim", "tile_m", "tile_n", "keys", "share", "stages")
 
 
@@ -88,9 +89,11 @@ def kernels_in(text: str) -> list[dict]:
         kernel: dict = {"arch": match["arch"]}
         if found := ATTENTION.search(match["symbol"]):
             tile = [int(n) for n in re.findall(r"L[ib](\d+)E", found["tile"])]
-            names = BACKWARD if "Backward" in match["symbol"] else FORWARD
+            backward = "Backward" in match["symbol"]
             if found["family"] == "sm90":
-                names = HOPPER_FORWARD
+                names = HOPPER_BACKWARD if backward else HOPPER_FORWARD
+            else:
+                names = BACKWARD if backward else FORWARD
             kernel |= {
                 "family": found["family"],
                 "kernel": found["kernel"],
