@@ -64,8 +64,8 @@ std::span<const KernelRow> registry_of(Arch arch) {
   return arch >= Arch::sm80 ? registry().first(num_gpu) : registry().subspan(num_gpu);
 }
 
-// The sets of one kind of processor contain each other in the order of the enumeration. Kernels of a
-// later GPU than sm80 use instructions that only its own family has.
+// The sets of one kind of processor contain each other in the order of the enumeration. Kernels of
+// a later GPU than sm80 use instructions that only its own family has.
 bool serves(Arch row, Arch device) {
   if (row == device) return true;
   if (device >= Arch::sm80) return row == Arch::sm80;
@@ -130,7 +130,8 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
       return text;
     }
     case Mismatch::alignment:
-      return "needs q, k and v that repeat no axis, with head_dim and strides that are multiples "
+      return std::string("needs q, k") + (row.pass == Pass::backward ? ", v and dout" : " and v") +
+             " that repeat no axis, with head_dim and strides that are multiples "
              "of 8 and addresses that are multiples of 16 bytes";
     case Mismatch::scale: return "needs a scale of at least 0";
     case Mismatch::page_size:

@@ -36,7 +36,7 @@ struct KernelRow {
   ScoreKind score = ScoreKind::general;  // the most that it computes; CPU kernels take everything
   int smem_bytes = 0;                    // GPU: shared memory of a block
   int ctas = 0;                          // GPU, where keys may be split: blocks per multiprocessor
-  // GPU: the copy engine brings q, k and v. Their rows begin at multiples of 16 bytes, the scale is
+  // GPU: the copy engine brings q, k, v (and dout). Their rows begin at multiples of 16 bytes, the scale is
   // not negative, and tiles and pages fit into each other.
   bool bulk = false;
   int max_head_dim_v = 0;  // 0: max_head_dim

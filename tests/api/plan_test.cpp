@@ -148,8 +148,9 @@ TEST(Plans, ForAnAbsurdNumberOfThreadsAreRefused) {
   for (const int units : {-1, 0, 65537, 1 << 30}) {
     const Status s = plan(small.forward, {.arch = Arch::scalar, .units = units}).status();
     EXPECT_EQ(s.code(), Code::invalid);
-    EXPECT_EQ(s.message(), "device.units = " + std::to_string(units) +
-                               " must be in [1, 65536]: threads of a CPU, multiprocessors of a GPU");
+    EXPECT_EQ(s.message(),
+              "device.units = " + std::to_string(units) +
+                  " must be in [1, 65536]: threads of a CPU, multiprocessors of a GPU");
   }
   EXPECT_TRUE(plan(small.forward, {.arch = Arch::scalar, .units = 65536}).ok());
 }
@@ -263,6 +264,49 @@ TEST_F(Hopper, PagesFitIntoTilesOrTilesIntoPages) {
   for (const int page_size : {32, 256}) EXPECT_EQ(paged(page_size, 256), "sm80");
 }
 
+BackwardProblem hopper_backward(std::int64_t head_dim = 128, std::int64_t head_dim_v = 128) {
+  const auto at = [](std::uintptr_t place) { return reinterpret_cast<void*>(place << 40); };
+  BackwardProblem b;
+  b.forward = hopper_problem(512, 512, head_dim, head_dim_v);
+  b.forward.lse = static_cast<float*>(at(5));
+  const auto like = [&](std::uintptr_t place, const auto& x) {
+    return contiguous(at(place), DType::bf16, {2, 512, x.heads(), x.head_dim()});
+  };
+  b.dout = like(6, b.forward.out);
+  b.dq = like(7, b.forward.q);
+  b.dk = like(8, b.forward.k);
+  b.dv = like(9, b.forward.v);
+  return b;
+}
+
+TEST_F(Hopper, TakesTheBackwardsThatItCan) {
+  const auto row = [](const BackwardProblem& b) {
+    const Result<Plan> made = plan(b, kH200);
+    return made.ok() ? name_of(*made->row) : made.status().message();
+  };
+  EXPECT_EQ(row(hopper_backward()), "sm90/backward/bf16/hdim128/plain/64x128");
+  EXPECT_EQ(row(hopper_backward(64, 64)), "sm90/backward/bf16/hdim64/plain/64x128");
+  EXPECT_EQ(row(hopper_backward(64, 96)), "sm90/backward/bf16/hdim96/plain/64x128");
+  const auto left = [&](const BackwardProblem& b, const std::string& why) {
+    EXPECT_EQ(row(b).rfind("sm80/backward/", 0), 0u) << row(b);
+    const std::string text = explain(b, kH200);
+    EXPECT_NE(text.find(why), std::string::npos) << text;
+  };
+  left(hopper_backward(192, 128), "takes head_dim up to 128, here 192");
+  BackwardProblem b = hopper_backward();
+  b.dout.stride[2] = 0;
+  left(b, "repeat no axis");
+  b = hopper_backward();
+  b.dout.data = static_cast<const std::byte*>(b.dout.data) + 2;
+  left(b, "addresses that are multiples of 16 bytes");
+  b = hopper_backward();
+  b.forward.score.softcap = 30.f;
+  left(b, "computes plain scores, here softcap");
+  b = hopper_backward();
+  b.forward.score.scale = -1.f;
+  left(b, "needs a scale of at least 0");
+}
+
 TEST_F(Hopper, FewKeysTakeTilesThatDivideThem) {
   const auto row = [](std::int64_t seqlen_k) {
     const Result<Plan> made = plan(hopper_problem(512, seqlen_k, 256, 256), kH200);
@@ -335,9 +379,10 @@ TEST(Devices, EnvironmentLowersTheInstructionSet) {
   const Environment forced("HEED_FORCE_ISA", "mmx");
   const Status s = Device::cpu().status();
   EXPECT_EQ(s.code(), Code::invalid);
-  EXPECT_EQ(s.message(),
-            "HEED_FORCE_ISA = mmx must be one of reference, scalar, avx2, avx512, avx512_bf16, neon, "
-            "neon_bf16");
+  EXPECT_EQ(
+      s.message(),
+      "HEED_FORCE_ISA = mmx must be one of reference, scalar, avx2, avx512, avx512_bf16, neon, "
+      "neon_bf16");
 }
 
 // An instruction set of processors that this one is not.
@@ -363,9 +408,8 @@ TEST(Plans, ForACpuThisIsNotAreRefused) {
   Scratch scratch(foreign.workspace_bytes);
   const Status s = run(foreign, small.forward, scratch.workspace());
   EXPECT_EQ(s.code(), Code::unsupported);
-  EXPECT_EQ(s.message().rfind(std::string("plan is for ") + name_of(row.arch) +
-                                  ", this CPU offers up to ",
-                              0),
+  EXPECT_EQ(s.message().rfind(
+                std::string("plan is for ") + name_of(row.arch) + ", this CPU offers up to ", 0),
             0u)
       << s.message();
 }

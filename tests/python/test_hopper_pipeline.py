@@ -1,8 +1,8 @@
-"""Who waits for whom in src/cuda/sm90/forward.cuh, without a GPU: a model of its warps.
+"""Who waits for whom in src/cuda/sm90/forward.cuh and backward.cuh, without a GPU: models of warps.
 
 Scheduler, loader and consumers are coroutines, each step of which another may follow. They have the
 kernel's barriers, and shared memory holds names instead of tiles. Random items in random orders of
-steps: nobody waits for ever, and every consumer multiplies what it means to, once. A change of the
+steps: nobody waits for ever, and every consumer multiplies what it means to, once. A change of a
 kernel's barriers begins with this file.
 """
 
@@ -263,15 +263,19 @@ class Kernel:
 
     def run(self, order: random.Random) -> None:
         warps = [self.schedule(), self.load(), *map(self.consume, range(self.consumers))]
-        speeds = [order.choice((1, 1, 5, 20)) for _ in warps]
-        alive = list(range(len(warps)))
-        for _ in range(200_000):
-            if not alive:
-                return
-            warp = order.choices(alive, [speeds[w] for w in alive])[0]
-            if next(warps[warp], warp) is not None:
-                alive.remove(warp)
-        pytest.fail(f"they wait for each other: {self.items}")
+        run_all(warps, order, self.items)
+
+
+def run_all(warps: list[Step], order: random.Random, what: list) -> None:
+    speeds = [order.choice((1, 1, 5, 20)) for _ in warps]
+    alive = list(range(len(warps)))
+    for _ in range(200_000):
+        if not alive:
+            return
+        warp = order.choices(alive, [speeds[w] for w in alive])[0]
+        if next(warps[warp], warp) is not None:
+            alive.remove(warp)
+    pytest.fail(f"they wait for each other: {what}")
 
 
 def random_items(draw: random.Random, consumers: int, mask: str) -> list[Item]:
@@ -313,3 +317,108 @@ def test_nobody_waits_for_ever(consumers, stages, slots, q_slots, chained, mask)
             for item in items
             for c, (begin, end) in enumerate(item.own)
         }
+
+
+# ---- backward ----
+
+
+class Meeting:
+    """A named barrier of both consumers."""
+
+    def __init__(self) -> None:
+        self.barrier, self.phase = Barrier(2), [0, 0]
+
+    def sync(self, index: int) -> Step:
+        self.barrier.arrive()
+        yield from self.barrier.wait(self.phase[index])
+        self.phase[index] ^= 1
+
+
+class Backward:
+    """One block; `ragged` says of every step whether rows of its tile are cleared by consumers."""
+
+    def __init__(self, ragged: list[bool], stages: int, ahead: bool) -> None:
+        self.ragged, self.stages, self.ahead = ragged, stages, ahead
+        for name, count in (("q_full", 1), ("q_empty", 2), ("dout_full", 1), ("dout_empty", 2)):
+            setattr(self, name, [Barrier(count) for _ in range(stages)])
+        self.visits, self.q, self.dout = ([None] * stages for _ in range(3))
+        self.ds = [[None, None] for _ in range(stages)]
+        self.written, self.cleared = Meeting(), Meeting()
+        self.done: list[list[int]] = [[], []]
+
+    def load(self) -> Step:
+        at = Ring(self.stages)
+        for step in range(len(self.ragged) + 1):
+            yield from self.q_empty[at.stage].wait(at.phase ^ 1)
+            last = step == len(self.ragged)
+            self.visits[at.stage] = None if last else step
+            self.q[at.stage] = None if last else (step, not self.ragged[step])
+            yield
+            self.q_full[at.stage].arrive()
+            if last:
+                return
+            yield from self.dout_empty[at.stage].wait(at.phase ^ 1)
+            self.dout[at.stage] = (step, not self.ragged[step])
+            yield
+            self.dout_full[at.stage].arrive()
+            at.advance()
+
+    def consume(self, index: int) -> Step:
+        at = Ring(self.stages)
+
+        def begin_scores(at: Ring) -> Step:
+            """S of the stage's step, if there is one."""
+            step = self.visits[at.stage]
+            if step is None:
+                return
+            if self.ragged[step]:
+                yield from self.dout_full[at.stage].wait(at.phase)
+                (self.q, self.dout)[index][at.stage] = (step, True)
+                yield from self.cleared.sync(index)
+            assert self.q[at.stage] == (step, True)
+
+        yield
+        if self.ahead:
+            yield from self.q_full[at.stage].wait(at.phase)
+            yield from begin_scores(at)
+        while True:
+            if not self.ahead:
+                yield from self.q_full[at.stage].wait(at.phase)
+            step = self.visits[at.stage]
+            if step is None:
+                return
+            if not self.ahead:
+                yield from begin_scores(at)
+            yield from self.dout_full[at.stage].wait(at.phase)
+            assert self.dout[at.stage] == (step, True)
+            yield
+            self.ds[at.stage][index] = step
+            yield from self.written.sync(index)
+            self.dout_empty[at.stage].arrive()
+            assert self.ds[at.stage] == [step, step]
+            yield
+            if self.ahead:
+                after = at.copy()
+                after.advance()
+                yield from self.q_full[after.stage].wait(after.phase)
+                yield from begin_scores(after)
+            assert self.ds[at.stage] == [step, step]  # dQ is complete here at the latest
+            assert self.q[at.stage] == (step, True)
+            self.done[index].append(step)
+            self.q_empty[at.stage].arrive()
+            at.advance()
+            yield
+
+    def run(self, order: random.Random) -> None:
+        run_all([self.load(), self.consume(0), self.consume(1)], order, self.ragged)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_nobody_waits_for_ever_in_the_backward(stages: int, ahead: bool) -> None:
+    for seed in range(200):
+        draw = random.Random(seed)
+        ragged = [draw.random() < 0.2 for _ in range(draw.randint(0, 12))]
+        kernel = Backward(ragged, stages, ahead)
+        kernel.run(draw)
+        assert kernel.done == [list(range(len(ragged)))] * 2
