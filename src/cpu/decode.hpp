@@ -1,5 +1,5 @@
-// Few query rows against many keys: keys and values are read where they are, once for all query rows of
-// a key head, in parts of the key range that are merged at the end.
+// Few query rows against many keys: keys and values are read where they are, once for all query
+// rows of a key head, in parts of the key range that are merged at the end.
 #pragma once
 
 #include "cpu/forward.hpp"
@@ -16,8 +16,13 @@ class DecodeKernel {
 
  public:
   static constexpr int kMaxRows = 64;
-  static constexpr int kFewRows = 16;  // up to which forward is slower, however few the keys
-  static constexpr int kKeys = 64;  // keys of one step
+  // Up to which forward is slower, however few the keys. The scalar set widens 16-bit elements one
+  // by one, for which forward's packing pays sooner.
+  static constexpr int kFewRows = Isa::kMicroRows > 4 ? kMaxRows : 16;
+  static constexpr int kKeys = 128;      // keys of one step, at most
+  static constexpr int kLeastKeys = 32;  // at least
+  static_assert(kLeastKeys % C::kPanel == 0);
+  static constexpr int kLdp = kKeys / Operand::kDepth;  // words per row of P
   // 4 rows x kWide accumulators: keys of S at a time, vectors of O at a time.
   static constexpr int kWide = Isa::kMicroRows >= 12 ? 4 : 2;
 
@@ -33,10 +38,15 @@ class DecodeKernel {
 
  private:
   struct Scratch {
-    Word* q;   // [task_heads_][rows][q_words_], padded to whole vectors
-    float* s;  // [rows][kKeys]
-    float* o;  // [task_heads_][rows][o_columns_]
-    float* kept;  // dropout mask of one row
+    Word* q;          // [task_heads_][rows][q_words_], padded to whole vectors
+    Word* q_blocks;   // [task_heads_][blocks_][q_depth_][kLanes]: rows whose scores are a lane each
+    Word* k;          // [kKeys][q_words_], where keys do not stand in memory as words
+    float* s_blocks;  // [blocks_][kKeys][kLanes]
+    float* s;         // [rows][kKeys]
+    Word* p;          // the words of S; S itself where they are floats
+    float* o;         // [task_heads_][rows][o_columns_]
+    Element* nothing;  // a row of zeros, which stands for keys and values that no row sees
+    float* kept;       // dropout mask of one row
     RowStatistics<Isa, kMaxRows>* statistics;  // [task_heads_]
   };
   struct Carved {
@@ -50,7 +60,9 @@ class DecodeKernel {
         workers_(plan.workers),
         splits_(plan.splits),
         rows_(static_cast<int>(group_of(problem) * max_seqlen_q(problem))),
-        q_words_(round_up(words_of<C>(problem.q.head_dim()), Isa::kLanes)),
+        blocks_(blocks_of(rows_)),
+        q_depth_(words_of<C>(problem.q.head_dim())),
+        q_words_(round_up(q_depth_, Isa::kLanes)),
         o_columns_(round_up(static_cast<int>(problem.v.head_dim()), Isa::kLanes * kWide)) {
     const std::int64_t heads = p_.k.heads();
     const std::int64_t multiplications =
@@ -61,8 +73,7 @@ class DecodeKernel {
       together = std::max(together, batch_entries(p_) * heads * splits_ / kTasks);
     task_heads_ = static_cast<int>(clamp64(together, 1, std::max<std::int64_t>(heads, 1)));
     head_tasks_ = (heads + task_heads_ - 1) / task_heads_;
-    const std::int64_t parts =
-        splits_ > 1 ? batch_entries(p_) * p_.k.heads() * splits_ * rows_ : 0;
+    const std::int64_t parts = splits_ > 1 ? batch_entries(p_) * p_.k.heads() * splits_ * rows_ : 0;
     partial_o_ = layout.add<float>(parts * o_columns_);
     partial_state_ = layout.add<SoftmaxState>(parts);
     scratch_bytes_ = carve(WorkspaceLayout()).bytes;
@@ -70,11 +81,33 @@ class DecodeKernel {
     bytes_ = layout.bytes();
   }
 
+  // Depends on the entry alone, so that its results do. Few rows wait for memory, so keys and
+  // values of a step are to stay in L1. With more rows they are read from L2 as fast, and longer
+  // steps cost less.
+  int keys_of_step(int rows) const {
+    const std::int64_t key_bytes =
+        (p_.k.head_dim() + p_.v.head_dim()) * static_cast<std::int64_t>(sizeof(Element));
+    const std::int64_t most =
+        (rows <= 8 ? 16 << 10 : 64 << 10) / std::max<std::int64_t>(key_bytes, 1);
+    int step = kKeys;
+    while (step > most && step > kLeastKeys) step /= 2;
+    return step;
+  }
+
   Carved carve(WorkspaceLayout layout) const {
     Scratch s;
     s.q = layout.add<Word>(std::int64_t{task_heads_} * rows_ * q_words_);
+    s.q_blocks = layout.add<Word>(std::int64_t{task_heads_} * block_words() + Isa::kLanes);
+    s.k = layout.add<Word>(blocks_ == 0 ? 0 : kKeys * q_words_);
     s.s = layout.add<float>(std::int64_t{rows_} * kKeys);
+    s.s_blocks = layout.add<float>(std::int64_t{blocks_} * kKeys * Isa::kLanes);
+    if constexpr (C::kPairs) {
+      s.p = layout.add<Word>(std::int64_t{rows_} * kLdp);
+    } else {
+      s.p = s.s;
+    }
     s.o = layout.add<float>(std::int64_t{task_heads_} * rows_ * o_columns_);
+    s.nothing = layout.add<Element>(std::max(p_.q.head_dim(), p_.v.head_dim()));
     s.kept = layout.add<float>(kKeys);
     s.statistics = layout.add<RowStatistics<Isa, kMaxRows>>(task_heads_);
     return {s, layout.bytes()};
@@ -116,10 +149,11 @@ class DecodeKernel {
   void part(const Scratch& w, const SequenceSlice& at, std::int64_t head0, std::int64_t head_end,
             int split) const {
     const int rows = static_cast<int>(group_of(p_)) * at.q.length;
-    const int blocks = ceil_div(at.k.length, kKeys);
-    const int begin = static_cast<int>(std::int64_t{blocks} * split / splits_) * kKeys;
+    const int step_keys = keys_of_step(rows);
+    const int steps = ceil_div(at.k.length, step_keys);
+    const int begin = static_cast<int>(std::int64_t{steps} * split / splits_) * step_keys;
     const int end = std::min(
-        at.k.length, static_cast<int>(std::int64_t{blocks} * (split + 1) / splits_) * kKeys);
+        at.k.length, static_cast<int>(std::int64_t{steps} * (split + 1) / splits_) * step_keys);
     RowLimits limits[kMaxRows];
     Span seen{end, begin};
     for (int r = 0; r < rows; ++r) {
@@ -128,42 +162,58 @@ class DecodeKernel {
       if (limits[r].first >= limits[r].end) continue;
       seen = {std::min(seen.begin, limits[r].first), std::max(seen.end, limits[r].end)};
     }
+    std::fill_n(w.nothing, std::max(p_.q.head_dim(), p_.v.head_dim()), Element{});
+    Block turns[2];
+    int now = 0;
+    const int first = seen.begin / step_keys * step_keys;
+    find_rows(turns[now], w.nothing, at, head0, seen, first, step_keys);
+    LinesAhead(turns[now].k, turns[now].live, p_.q.head_dim(), /*turns=*/1).ask();
+    const int blocks = blocks_of(rows);
     for (std::int64_t head = head0; head < head_end; ++head) {
-      const Scratch own = of_head(w, head - head0);
-      for (int r = 0; r < rows; ++r) load_query(own.q + r * q_words_, limits[r], at, head, r);
+      const Scratch own = of_head(w, at, head, head - head0, split);
+      for (int r = blocks * Isa::kLanes; r < rows; ++r)
+        load_words_of(query(limits[r], at, head, r), own.q + r * q_words_);
+      pack_transposed<Operand, Isa::kLanes>([&](int r) { return query(limits[r], at, head, r); },
+                                            std::min(rows, blocks * Isa::kLanes),
+                                            static_cast<int>(p_.q.head_dim()), own.q_blocks);
       std::fill_n(own.o, std::int64_t{rows} * o_columns_, 0.f);
       *own.statistics = {};
     }
-    Block turns[2];
-    int now = 0;
-    const int first = seen.begin / kKeys * kKeys;
-    load(turns[now], at, head0, seen, first);
-    for (int key0 = first; key0 < seen.end; key0 += kKeys)
+    for (int key0 = first; key0 < seen.end; key0 += step_keys)
       for (std::int64_t head = head0; head < head_end; ++head, now ^= 1) {
         const bool last = head + 1 == head_end;
-        load(turns[now ^ 1], at, last ? head0 : head + 1, seen, last ? key0 + kKeys : key0);
-        step(of_head(w, head - head0), at, head, rows, limits, turns[now], turns[now ^ 1], key0);
+        find_rows(turns[now ^ 1], w.nothing, at, last ? head0 : head + 1, seen,
+                  last ? key0 + step_keys : key0, step_keys);
+        step(of_head(w, at, head, head - head0, split), at, head, rows, limits, turns[now],
+             turns[now ^ 1], key0);
       }
     for (std::int64_t head = head0; head < head_end; ++head)
-      store_part(of_head(w, head - head0), at, head, rows, split);
+      store_part(of_head(w, at, head, head - head0, split), at, head, rows, split);
   }
 
-  Scratch of_head(Scratch w, std::int64_t i) const {
+  // What of the scratch is the task's head i; where the keys are split, outputs are added up where
+  // they are merged.
+  Scratch of_head(Scratch w, const SequenceSlice& at, std::int64_t head, std::int64_t i,
+                  int split) const {
     w.q += i * rows_ * q_words_;
-    w.o += i * rows_ * o_columns_;
+    w.q_blocks += i * block_words();
+    w.o = splits_ == 1 ? w.o + i * rows_ * o_columns_
+                       : partial_o_ + part_index(at, head, split, 0) * o_columns_;
     w.statistics += i;
     return w;
   }
 
   // A row that sees nothing is 0: what it is multiplied by is not to be used.
-  void load_query(Word* words, RowLimits limits, const SequenceSlice& at, std::int64_t head,
-                  int r) const {
-    const Element* q = limits.first >= limits.end
-                           ? nullptr
-                           : row_of<Element>(p_.q, at.q, head_of(at, head, r), r % at.q.length);
+  const Element* query(RowLimits limits, const SequenceSlice& at, std::int64_t head, int r) const {
+    return limits.first >= limits.end
+               ? nullptr
+               : row_of<Element>(p_.q, at.q, head_of(at, head, r), r % at.q.length);
+  }
+
+  void load_words_of(const Element* row, Word* words) const {
     for (int word = 0; word < q_words_; word += Isa::kLanes)
       Isa::store(reinterpret_cast<float*>(words + word),
-                 load_words<Operand>(q, word, static_cast<int>(p_.q.head_dim())));
+                 load_words<Operand>(row, word, static_cast<int>(p_.q.head_dim())));
   }
 
   void store_part(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
@@ -174,78 +224,136 @@ class DecodeKernel {
       if (splits_ == 1) {
         store_output<C>(p_, at, head_of(at, head, r), r % at.q.length, o, state);
       } else {
-        const std::int64_t i = part_index(at, head, split, r);
-        std::copy_n(o, o_columns_, partial_o_ + i * o_columns_);
-        partial_state_[i] = state;
+        partial_state_[part_index(at, head, split, r)] = state;
       }
     }
   }
 
-  // Where the keys and values of one step stand; `first`: of them, the first that some row sees.
+  // Where the keys and values of one step stand. `live` are those that some row sees, up to whole
+  // groups of kWide; what of them cannot be seen is a row of zeros.
   struct Block {
-    int first;
-    int count;
+    Span live;
     const Element* k[kKeys];
     const Element* v[kKeys];
   };
-  void load(Block& block, const SequenceSlice& at, std::int64_t head, Span seen, int key0) const {
-    const Span keys{std::max(seen.begin, key0), std::min(seen.end, key0 + kKeys)};
-    block.first = keys.begin - key0;
-    block.count = keys.empty() ? 0 : keys.end - keys.begin;
-    for (int i = 0; i < block.count; ++i) {
-      block.k[i] = key_row<Element>(p_, p_.k, at, head, keys.begin + i);
-      block.v[i] = key_row<Element>(p_, p_.v, at, head, keys.begin + i);
+  void find_rows(Block& block, const Element* nothing, const SequenceSlice& at, std::int64_t head,
+                 Span seen, int key0, int step_keys) const {
+    const Span keys{std::max(seen.begin - key0, 0), std::min(seen.end - key0, step_keys)};
+    block.live =
+        keys.empty() ? Span{} : Span{keys.begin / kWide * kWide, round_up(keys.end, kWide)};
+    std::fill(block.k + block.live.begin, block.k + block.live.end, nothing);
+    std::fill(block.v + block.live.begin, block.v + block.live.end, nothing);
+    if (keys.empty()) return;
+    // Looked up one by one, addresses take an eighth to a third of the time of few rows.
+    if (p_.intervals.bits == nullptr && p_.paged.page_table == nullptr) {
+      const Element* k = row_of<Element>(p_.k, at.k, head, key0 + keys.begin);
+      const Element* v = row_of<Element>(p_.v, at.k, head, key0 + keys.begin);
+      const std::int64_t k_stride = p_.k.seqlen_stride(), v_stride = p_.v.seqlen_stride();
+      for (int i = keys.begin; i < keys.end; ++i) {
+        block.k[i] = k + (i - keys.begin) * k_stride;
+        block.v[i] = v + (i - keys.begin) * v_stride;
+      }
+      return;
+    }
+    for (int i = keys.begin; i < keys.end; ++i) {
+      const Element* k = key_row<Element>(p_, p_.k, at, head, key0 + i);
+      const Element* v = key_row<Element>(p_, p_.v, at, head, key0 + i);
+      if (k != nullptr) block.k[i] = k;
+      if (v != nullptr) block.v[i] = v;
     }
   }
 
   void step(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
             const RowLimits* limits, const Block& block, const Block& next, int key0) const {
     RowStatistics<Isa, kMaxRows>& statistics = *w.statistics;
-    const int turns = ceil_div(rows, 4);
-    for (int r = 0; r < rows; r += 4)
+    const int keys = block.live.end - block.live.begin;
+    const int blocks = blocks_of(rows);
+    const int in_blocks = std::min(blocks * Isa::kLanes, rows);
+    const int fours = ceil_div(rows - in_blocks, 4);
+    LinesAhead values_ahead(
+        block.v, block.live, p_.v.head_dim(),
+        keys / kWide * (blocks * q_depth_ / kChains + fours * (q_words_ / Isa::kLanes)));
+    if (blocks > 0) score_blocks(w, block, blocks, rows, values_ahead);
+    for (int r = in_blocks; r < rows; r += 4)
       with_rows(rows - r, [&](auto count) {
-        score_rows<decltype(count)::value>(w.q + r * q_words_, block, {r / 4, turns},
-                                           w.s + r * kKeys + block.first);
+        score_rows<decltype(count)::value>(w.q + r * q_words_, block, values_ahead,
+                                           w.s + r * kKeys);
       });
-    const Span columns{0, kKeys};
+    const Span columns{block.live.begin / C::kPanel * C::kPanel,
+                       round_up(block.live.end, C::kPanel)};
+    const bool dropped = p_.dropout.probability > 0.f;
     for (int r = 0; r < rows; ++r)
-      transform_.apply(w.s + r * kKeys, nullptr, columns, live_columns(limits[r], key0, columns), at,
-                       head_of(at, head, r), r % at.q.length, key0);
+      transform_.apply(w.s + r * kKeys, nullptr, columns, live_columns(limits[r], key0, columns),
+                       at, head_of(at, head, r), r % at.q.length, key0);
     for (int r = 0; r < rows; r += Isa::kLanes)
-      softmax_rows<F32Operand<Isa>>(w.s + r * kKeys, kKeys, r, std::min(rows - r, Isa::kLanes),
-                                    columns, transform_.factor(), statistics, w.s, kKeys);
-    if (p_.dropout.probability > 0.f)
+      softmax_rows<Operand>(w.s + r * kKeys, kKeys, r, std::min(rows - r, Isa::kLanes), columns,
+                            transform_.factor(), statistics, dropped ? nullptr : w.p + r * kLdp,
+                            kLdp);
+    if (dropped)
       for (int r = 0; r < rows; ++r) {
-        dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length, key0, kKeys,
-                     w.kept);
+        dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length,
+                     key0 + columns.begin, columns.end - columns.begin, w.kept + columns.begin);
         apply_factors<Isa>(w.s + r * kKeys, w.kept, columns);
+        to_words<Operand>(w.s + r * kKeys, w.p + r * kLdp, columns);
       }
-    const auto values = [&](auto count, auto vectors, Turn turn, int r) {
-      value_rows<decltype(count)::value, decltype(vectors)::value>(
-          w.s + r * kKeys + block.first, block, turn, next, statistics.rescaled + r,
-          w.o + std::int64_t{r} * o_columns_);
-    };
     // Where the type has to be widened, twice the rows make use of half the vectors.
     constexpr int kPaired = kWide == 4 && !std::is_same_v<Element, float> ? 8 : 4;
     const int paired = kPaired == 8 ? rows / 8 * 8 : 0;
-    const int all = paired / 8 + ceil_div(rows - paired, 4);
-    int turn = 0;
+    const auto turns = [&](int groups, int vectors) {
+      return groups * (keys / Operand::kDepth) *
+             ceil_div(static_cast<int>(p_.v.head_dim()), vectors * Isa::kLanes);
+    };
+    LinesAhead keys_ahead(next.k, next.live, p_.q.head_dim(),
+                          turns(paired / 8, 2) + turns(ceil_div(rows - paired, 4), kWide));
+    const auto values = [&](auto count, auto vectors, int r) {
+      value_rows<decltype(count)::value, decltype(vectors)::value>(
+          w.p + r * kLdp, block, keys_ahead, statistics.rescaled + r,
+          w.o + std::int64_t{r} * o_columns_);
+    };
     if constexpr (kPaired == 8)
       for (int r = 0; r < paired; r += 8)
-        values(std::integral_constant<int, 8>(), std::integral_constant<int, 2>(), {turn++, all},
-               r);
+        values(std::integral_constant<int, 8>(), std::integral_constant<int, 2>(), r);
     for (int r = paired; r < rows; r += 4)
-      with_rows(rows - r, [&](auto count) {
-        values(count, std::integral_constant<int, kWide>(), {turn++, all}, r);
-      });
+      with_rows(rows - r,
+                [&](auto count) { values(count, std::integral_constant<int, kWide>(), r); });
   }
 
-  // Memory is asked for evenly while a step computes: turn `index` of `of` asks for its share of the
-  // rows, one with each of its keys.
-  struct Turn {
-    int index;
-    int of;
-    Span share(int rows) const { return {rows * index / of, rows * (index + 1) / of}; }
+  // The lines of rows, asked for in the order of memory and evenly over the `turns` that a product
+  // takes. Memory then works while the product does. In bursts the prefetches fill the queue of
+  // misses, and the product stands still; in any other order the hardware does not see a stream.
+  class LinesAhead {
+   public:
+    LinesAhead(const Element* const* rows, Span live, std::int64_t columns, int turns)
+        : row_(rows + live.begin),
+          end_(rows + live.end),
+          row_bytes_(static_cast<int>(columns * static_cast<int>(sizeof(Element)))) {
+      lines_ = (live.end - live.begin) * ceil_div(row_bytes_, kLine);
+      while (at_once_ * turns < lines_ && turns > 0) at_once_ *= 2;
+      due_ = at_once_ * turns;
+    }
+    [[gnu::always_inline]] void ask() {
+      paid_ += lines_;
+      if (paid_ < due_) return;
+      paid_ -= due_;
+      for (int i = 0; i < at_once_ && row_ != end_; ++i) {
+        __builtin_prefetch(reinterpret_cast<const char*>(*row_) + at_);
+        at_ += kLine;
+        if (at_ < row_bytes_) continue;
+        at_ = 0;
+        ++row_;
+      }
+    }
+
+   private:
+    static constexpr int kLine = 64;
+    const Element* const* row_;
+    const Element* const* end_;
+    int row_bytes_;
+    int at_ = 0;       // byte of the row
+    int at_once_ = 4;  // lines
+    int lines_;        // in all: what a turn pays in
+    int due_;          // what asking costs
+    int paid_ = 0;
   };
 
   // Calls body with min(rows, 4) as a constant.
@@ -259,21 +367,111 @@ class DecodeKernel {
     }
   }
 
-  // s[r][i] = q[r] · k[i]. Asks for the values of each key meanwhile, which are needed next.
+  // How many blocks of kLanes rows have their scores computed a lane each. It was measured with
+  // AVX-512 for 16 rows, or what is left of them at the end; AVX2 has too few registers to gain.
+  static int blocks_of(int rows) {
+    constexpr int kGroup = 16, kFewest = 10;
+    const int groups = (rows + kGroup - kFewest) / kGroup;
+    if (kWide < 4 || groups < (kSameWords ? 1 : 2)) return 0;
+    return ceil_div(std::min(rows, groups * kGroup), Isa::kLanes);
+  }
+  std::int64_t block_words() const { return std::int64_t{blocks_} * q_depth_ * Isa::kLanes; }
+
+  // s[r][i] = q[r] · k[i] for the rows of blocks.
+  void score_blocks(const Scratch& w, const Block& block, int blocks, int rows,
+                    LinesAhead& ahead) const {
+    const void* keys[kKeys];
+    const bool in_place = kSameWords && p_.q.head_dim() % Operand::kDepth == 0;
+    for (int i = block.live.begin; i < block.live.end; ++i) {
+      keys[i] = block.k[i];
+      if (in_place) continue;
+      load_words_of(block.k[i], w.k + i * q_words_);
+      keys[i] = w.k + i * q_words_;
+    }
+    for (int b = 0; b < blocks;) {
+      const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * Isa::kLanes;
+      float* out = w.s_blocks + b * kKeys * Isa::kLanes;
+      if (blocks - b >= 4) {
+        score_lanes<4>(q, keys, block.live, ahead, out);
+        b += 4;
+      } else if (blocks - b >= 2) {
+        score_lanes<2>(q, keys, block.live, ahead, out);
+        b += 2;
+      } else {
+        score_lanes<1>(q, keys, block.live, ahead, out);
+        b += 1;
+      }
+    }
+    for (int r = 0; r < std::min(blocks * Isa::kLanes, rows); r += Isa::kLanes)
+      for (int i = block.live.begin / Isa::kLanes * Isa::kLanes; i < block.live.end;
+           i += Isa::kLanes) {
+        Vec square[Isa::kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < Isa::kLanes; ++j)
+          square[j] = Isa::load(w.s_blocks + r * kKeys + (i + j) * Isa::kLanes);
+        transpose_steps<1>(square);
+        for (int j = 0; j < std::min(Isa::kLanes, rows - r); ++j)
+          Isa::store(w.s + (r + j) * kKeys + i, square[j]);
+      }
+  }
+
+  // out[block][i][r] = q[r] · k[i]: a lane is a row, so that nothing has to be reduced.
+  template <int kBlocks>
+  void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& values_ahead,
+                   float* out) const {
+    constexpr int kParts = kChains / kBlocks;  // of one sum
+    LinesAhead ahead = values_ahead;
+    const std::int64_t panel = std::int64_t{q_depth_} * Isa::kLanes;
+    for (int i = live.begin; i < live.end; i += kWide) {
+      Vec acc[kParts][kBlocks][kWide] = {};
+      const auto add = [&](int at, int part) __attribute__((always_inline)) {
+        typename Operand::Wide y[kBlocks];
+#pragma GCC unroll 8
+        for (int b = 0; b < kBlocks; ++b) y[b] = Operand::load(q + b * panel + at * Isa::kLanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < kWide; ++j) {
+          Word word;
+          std::memcpy(&word, static_cast<const std::byte*>(keys[i + j]) + at * sizeof(Word),
+                      sizeof(Word));
+#pragma GCC unroll 8
+          for (int b = 0; b < kBlocks; ++b)
+            acc[part][b][j] = Operand::mac(acc[part][b][j], word, y[b]);
+        }
+      };
+      int at = 0;
+      for (; at + kParts <= q_depth_; at += kParts) {
+        ahead.ask();
+#pragma GCC unroll 8
+        for (int part = 0; part < kParts; ++part) add(at + part, part);
+      }
+      for (; at < q_depth_; ++at) add(at, 0);
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 8
+        for (int j = 0; j < kWide; ++j) {
+          Vec sum = acc[0][b][j];
+#pragma GCC unroll 8
+          for (int part = 1; part < kParts; ++part) sum = sum + acc[part][b][j];
+          Isa::store(out + (b * kKeys + i + j) * Isa::kLanes, sum);
+        }
+    }
+    values_ahead = ahead;
+  }
+
+  // s[r][i] = q[r] · k[i], vectors of depth at a time. Asks for values meanwhile, which are needed
+  // next.
   template <int kRows>
-  void score_rows(const Word* q, const Block& block, Turn turn, float* s) const {
+  void score_rows(const Word* q, const Block& block, LinesAhead& values_ahead, float* s) const {
+    LinesAhead ahead = values_ahead;
     const int columns = static_cast<int>(p_.q.head_dim());
-    Span share = turn.share(block.count);
-    for (int i = 0; i < block.count; i += kWide) {
-      for (int j = 0; j < kWide && share.begin < share.end; ++j)
-        prefetch_row(block.v[share.begin++], p_.v.head_dim());
-      const Element* k[kWide];
-      for (int j = 0; j < kWide; ++j) k[j] = i + j < block.count ? block.k[i + j] : nullptr;
+    for (int i = block.live.begin; i < block.live.end; i += kWide) {
       Vec acc[round_up(4 * kWide, Isa::kLanes)] = {};
-      for (int word = 0; word < q_words_; word += Isa::kLanes) {
+      const auto add = [&](int word, auto whole) __attribute__((always_inline)) {
+        ahead.ask();
         typename Operand::Wide x[kWide];
 #pragma GCC unroll 4
-        for (int j = 0; j < kWide; ++j) x[j] = wide(load_words<Operand>(k[j], word, columns));
+        for (int j = 0; j < kWide; ++j)
+          x[j] = wide(load_vector<Operand>(block.k[i + j], word, columns, whole));
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           const typename Operand::Wide y = Operand::load(q + r * q_words_ + word);
@@ -281,7 +479,11 @@ class DecodeKernel {
           for (int j = 0; j < kWide; ++j)
             acc[r * kWide + j] = Operand::multiply_add(acc[r * kWide + j], y, x[j]);
         }
-      }
+      };
+      int word = 0;
+      for (; (word + Isa::kLanes) * Operand::kDepth <= columns; word += Isa::kLanes)
+        add(word, std::true_type());
+      if (word < q_words_) add(word, std::false_type());
       float sums[4 * kWide];
 #pragma GCC unroll 4
       for (int first = 0; first < 4 * kWide; first += Isa::kLanes) {
@@ -289,20 +491,20 @@ class DecodeKernel {
         std::copy_n(acc + first, Isa::kLanes, group);
         Isa::store(sums + first, reduce_rows(group, [](Vec a, Vec b) { return a + b; }));
       }
-      for (int r = 0; r < kRows; ++r)
-        for (int j = 0; j < kWide && i + j < block.count; ++j)
-          s[r * kKeys + i + j] = sums[r * kWide + j];
+      for (int r = 0; r < kRows; ++r) std::copy_n(sums + r * kWide, kWide, s + r * kKeys + i);
     }
+    values_ahead = ahead;
   }
 
   // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i]. Asks for the next step's keys
   // meanwhile.
   template <int kRows, int kVectors>
-  void value_rows(const float* p, const Block& block, Turn turn, const Block& next,
-                  const float* rescaled, float* o) const {
-    using Values = F32Operand<Isa>;
+  void value_rows(const Word* p, const Block& block, LinesAhead& keys_ahead, const float* rescaled,
+                  float* o) const {
+    LinesAhead ahead = keys_ahead;
     const int columns = static_cast<int>(p_.v.head_dim());
-    for (int col = 0; col < columns; col += kVectors * Isa::kLanes) {
+    constexpr int kStep = kVectors * Isa::kLanes;
+    const auto panel = [&](int col, auto whole) __attribute__((always_inline)) {
       Vec acc[kRows][kVectors];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
@@ -310,22 +512,15 @@ class DecodeKernel {
         for (int j = 0; j < kVectors; ++j)
           acc[r][j] = Isa::load(o + std::int64_t{r} * o_columns_ + col + j * Isa::kLanes) *
                       Isa::broadcast(rescaled[r]);
-      const int step = kVectors * Isa::kLanes;
-      const int steps = ceil_div(columns, step);
-      Span share =
-          Turn{turn.index * steps + col / step, turn.of * steps}.share(next.count);
-      for (int i = 0; i < block.count; ++i) {
-        if (share.begin < share.end) prefetch_row(next.k[share.begin++], p_.q.head_dim());
-        if (block.v[i] == nullptr) continue;
-        Vec v[kVectors];
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j)
-          v[j] = load_words<Values>(block.v[i], col + j * Isa::kLanes, columns);
+      for (int i = block.live.begin; i < block.live.end; i += Operand::kDepth) {
+        ahead.ask();
+        typename Operand::Wide v[kVectors];
+        load_values(block.v + i, col, columns, whole, v);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const Vec weight = Isa::broadcast(p[r * kKeys + i]);
+          const Word weight = p[r * kLdp + i / Operand::kDepth];
 #pragma GCC unroll 8
-          for (int j = 0; j < kVectors; ++j) acc[r][j] = Isa::fma(weight, v[j], acc[r][j]);
+          for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], weight, v[j]);
         }
       }
 #pragma GCC unroll 8
@@ -333,17 +528,56 @@ class DecodeKernel {
 #pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j)
           Isa::store(o + std::int64_t{r} * o_columns_ + col + j * Isa::kLanes, acc[r][j]);
+    };
+    int col = 0;
+    for (; col + kStep <= columns; col += kStep) panel(col, std::true_type());
+    if (col < columns) panel(col, std::false_type());
+    keys_ahead = ahead;
+  }
+
+  // kLanes words of a row; `whole`: it has as many from there on.
+  template <class Words, bool kWhole>
+  [[gnu::always_inline]] static Vec load_vector(const Element* row, int word, int columns,
+                                                std::bool_constant<kWhole>) {
+    if constexpr (kWhole) {
+      return load_whole<Words>(row + word * Words::kDepth);
+    } else {
+      return load_words<Words>(row, word, columns);
     }
   }
 
-  static typename Operand::Wide wide(Vec x) { return (typename Operand::Wide)x; }
-
-  static void prefetch_row(const Element* row, std::int64_t columns) {
-    if (row == nullptr) return;
-    const char* line = reinterpret_cast<const char*>(row);
-    const std::int64_t bytes = columns * static_cast<std::int64_t>(sizeof(Element));
-    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, kLocality);
+  // Words of kDepth rows, which are neighbours along depth, from column `col` on.
+  template <bool kWhole, int kVectors>
+  [[gnu::always_inline]] static void load_values(const Element* const* rows, int col, int columns,
+                                                 std::bool_constant<kWhole> whole,
+                                                 typename Operand::Wide (&words)[kVectors]) {
+    if constexpr (Operand::kDepth == 1) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j)
+        words[j] = load_vector<Operand>(rows[0], col + j * Isa::kLanes, columns, whole);
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; j += 2) {
+        const int word = (col + j * Isa::kLanes) / 2;
+        const Vec even = load_vector<Operand>(rows[0], word, columns, whole);
+        const Vec odd = load_vector<Operand>(rows[1], word, columns, whole);
+        constexpr auto kHalf = std::make_integer_sequence<int, 2 * Isa::kLanes>();
+        words[j] = wide(zip<0>(even, odd, kHalf));
+        words[j + 1] = wide(zip<Isa::kLanes>(even, odd, kHalf));
+      }
+    }
   }
+
+  // Words of the 16-bit halves of two vectors, from the half kFirst on: a's in the low half.
+  template <int kFirst, int... kHalf>
+  [[gnu::always_inline]] static Vec zip(Vec a, Vec b, std::integer_sequence<int, kHalf...>) {
+    using Halves [[gnu::vector_size(sizeof(Vec))]] = short;
+    constexpr int kHalves = sizeof...(kHalf);
+    return (Vec)__builtin_shufflevector((Halves)a, (Halves)b,
+                                        (kFirst + kHalf / 2 + kHalf % 2 * kHalves)...);
+  }
+
+  static typename Operand::Wide wide(Vec x) { return (typename Operand::Wide)x; }
 
   void merge_parts(const Scratch& w, const SequenceSlice& at, std::int64_t head) const {
     const int rows = static_cast<int>(group_of(p_)) * at.q.length;
@@ -356,15 +590,18 @@ class DecodeKernel {
         const std::int64_t i = part_index(at, head, split, r);
         const Vec weight = Isa::broadcast(rescale(partial_state_[i].max, all.max));
         for (int c = 0; c < o_columns_; c += Isa::kLanes)
-          Isa::store(w.o + c,
-                     Isa::fma(Isa::load(partial_o_ + i * o_columns_ + c), weight, Isa::load(w.o + c)));
+          Isa::store(w.o + c, Isa::fma(Isa::load(partial_o_ + i * o_columns_ + c), weight,
+                                       Isa::load(w.o + c)));
       }
       store_output<C>(p_, at, head_of(at, head, r), r % at.q.length, w.o, all);
     }
   }
 
-  static constexpr int kLocality = 2;  // prefetches to L2: those to L1 were slower
-  static constexpr std::int64_t kTasks = 32;  // enough for any CPU to balance
+  static constexpr bool kSameWords =
+      C::kPairs || std::is_same_v<Element, float>;  // nothing is widened
+  static constexpr int kChains =
+      4;  // of sums for each key: with kWide keys, enough for the latency
+  static constexpr std::int64_t kTasks = 32;           // enough for any CPU to balance
   static constexpr std::int64_t kLeastWork = 1 << 16;  // multiplications worth a task of their own
 
   const ForwardProblem& p_;
@@ -374,7 +611,9 @@ class DecodeKernel {
   int task_heads_ = 1;  // key heads of a task
   std::int64_t head_tasks_ = 1;
   const int rows_;       // query rows of one key head, at most
-  const int q_words_;    // words of one query row, up to whole vectors
+  const int blocks_;     // of kLanes rows, which have their scores computed a lane each
+  const int q_depth_;    // words of one query row
+  const int q_words_;    // the same, up to whole vectors
   const int o_columns_;  // head_dim_v, up to whole steps
   float* partial_o_ = nullptr;
   SoftmaxState* partial_state_ = nullptr;
@@ -389,7 +628,7 @@ constexpr KernelRow decode_row() {
   return {.arch = C::Isa::kArch,
           .pass = Pass::decode,
           .dtype = C::kDType,
-          .operand = DType::f32,
+          .operand = C::kOperandDType,
           .tile_m = 4,
           .tile_n = Kernel::kKeys,
           .max_head_dim = 512,

@@ -11,6 +11,17 @@
 
 namespace heed::cpu {
 
+// kLanes words of a row from its element `source` on.
+template <class Operand, class Element>
+[[gnu::always_inline]] inline typename Operand::Isa::Vec load_whole(const Element* source) {
+  using Isa = typename Operand::Isa;
+  if constexpr (Operand::kDepth == 1) {
+    return Isa::load(source);
+  } else {
+    return Isa::load(reinterpret_cast<const float*>(source));
+  }
+}
+
 // Copies up to kLanes words of one row: converted to f32, or raw pairs of bf16. nullptr reads as 0.
 template <class Operand, class Element>
 [[gnu::always_inline]] inline typename Operand::Isa::Vec load_words(const Element* row, int word,
@@ -27,11 +38,7 @@ template <class Operand, class Element>
     if (rest > 0) std::memcpy(static_cast<void*>(tail), source, sizeof(Element) * rest);
     source = tail;
   }
-  if constexpr (Operand::kDepth == 1) {
-    return Isa::load(source);
-  } else {
-    return Isa::load(reinterpret_cast<const float*>(source));
-  }
+  return load_whole<Operand>(source);
 }
 
 // Exchanges blocks of kBlock lanes between two rows of a square: one step of a transpose.

@@ -118,16 +118,26 @@ inline Span live_columns(RowLimits limits, int key0, Span columns) {
   return live.empty() ? Span{columns.begin, columns.begin} : live;
 }
 
-// Lane r of the result is what `op` makes of all lanes of rows[r].
-template <int kBlock = 1, class Vec, int kLanes, class Op>
-[[gnu::always_inline]] inline Vec reduce_rows(Vec (&rows)[kLanes], const Op& op) {
-  if constexpr (kBlock < kLanes) {
+// The same vector with neighbouring blocks of kBlock lanes exchanged.
+template <int kBlock, class Vec, int... kLane>
+[[gnu::always_inline]] inline Vec swap_blocks(Vec x, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(x, x, (kLane ^ kBlock)...);
+}
+
+// Lane r of the result, and every kRows lanes further on, is what `op` makes of all lanes of rows[r].
+template <int kBlock = 1, class Vec, int kRows, class Op>
+[[gnu::always_inline]] inline Vec reduce_rows(Vec (&rows)[kRows], const Op& op) {
+  constexpr int kLanes = sizeof(Vec) / sizeof(float);
+  constexpr auto kLane = std::make_integer_sequence<int, kLanes>();
+  if constexpr (kBlock < kRows) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i += 2 * kBlock) {
-      exchange_blocks<kBlock>(rows[i], rows[i + kBlock],
-                              std::make_integer_sequence<int, kLanes>());
+    for (int i = 0; i < kRows; i += 2 * kBlock) {
+      exchange_blocks<kBlock>(rows[i], rows[i + kBlock], kLane);
       rows[i] = op(rows[i], rows[i + kBlock]);
     }
+    return reduce_rows<2 * kBlock>(rows, op);
+  } else if constexpr (kBlock < kLanes) {
+    rows[0] = op(rows[0], swap_blocks<kBlock>(rows[0], kLane));
     return reduce_rows<2 * kBlock>(rows, op);
   } else {
     return rows[0];
@@ -152,18 +162,19 @@ struct RowStatistics {
 // Turns the scores [begin, end) of up to kLanes rows from `first` on, `lds` floats apart, into
 // unnormalised P and takes them into `all`. P replaces the scores, or becomes words, `ldw` apart.
 // Reductions and factors of the rows are computed together, a lane each: one by one, their latency
-// would take as long as the exponentials. Lanes without a row see no score and keep their statistics.
-template <class Operand, int kRows>
-void softmax_rows(float* s, int lds, int first, int rows, Span columns, float factor,
-                  RowStatistics<typename Operand::Isa, kRows>& all,
-                  typename Operand::Word* words, int ldw) {
+// would take as long as the exponentials. Lanes without a row see no score and keep their statistics;
+// where there are at most kGroup rows, they get those of a row.
+template <class Operand, int kGroup, int kRows>
+void softmax_group(float* s, int lds, int first, int rows, Span columns, float factor,
+                   RowStatistics<typename Operand::Isa, kRows>& all,
+                   typename Operand::Word* words, int ldw) {
   using Isa = typename Operand::Isa;
   using Vec = typename Isa::Vec;
   constexpr int kLanes = Isa::kLanes;
   const Vec none = Isa::broadcast(-kInfinity);
   const Vec zero = Isa::broadcast(0.f);
-  Vec most[kLanes], sums[kLanes];
-  for (int r = 0; r < kLanes; ++r) {
+  Vec most[kGroup], sums[kGroup];
+  for (int r = 0; r < kGroup; ++r) {
     most[r] = none;
     sums[r] = zero;
   }
@@ -205,6 +216,19 @@ void softmax_rows(float* s, int lds, int first, int rows, Span columns, float fa
   Isa::store(all.rescaled + first, rescaled);
   Isa::store(all.sum + first, Isa::load(all.sum + first) * rescaled +
                                   reduce_rows(sums, [](Vec a, Vec b) { return a + b; }));
+}
+
+// With the statistics of four rows at hand, those of up to four cost a third of those of 16.
+template <class Operand, int kRows>
+void softmax_rows(float* s, int lds, int first, int rows, Span columns, float factor,
+                  RowStatistics<typename Operand::Isa, kRows>& all,
+                  typename Operand::Word* words, int ldw) {
+  if (rows <= 4) {
+    softmax_group<Operand, 4>(s, lds, first, rows, columns, factor, all, words, ldw);
+  } else {
+    softmax_group<Operand, Operand::Isa::kLanes>(s, lds, first, rows, columns, factor, all, words,
+                                                 ldw);
+  }
 }
 
 // s *= factors * scale
