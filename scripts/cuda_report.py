@@ -214,8 +214,7 @@ def main() -> None:
             "nvcc": re.search(r"V([\d.]+)", said(nvcc, "--version"))[1],
             "archs": archs,
             "date": datetime.date.today().isoformat(),
-            "commit": os.environ.get("HEED_COMMIT")
-            or said("git", "describe", "--always", "--dirty"),
+            "commit": said(ROOT / "scripts" / "commit.sh"),
             "command": shlex.join(  # where it was built says nothing elsewhere
                 ["python", "scripts/cuda_report.py", "--save", "--jobs", str(args.jobs)]
                 + (["--", *args.options] if args.options else [])

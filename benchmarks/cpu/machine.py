@@ -30,13 +30,8 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """HEED_COMMIT, for machines without git, or what git says."""
-    if "HEED_COMMIT" in os.environ:
-        return os.environ["HEED_COMMIT"]
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT
-    ).stdout.strip()
+    command = [ROOT / "scripts" / "commit.sh"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def machine() -> dict[str, str]:
