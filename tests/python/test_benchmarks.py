@@ -30,7 +30,8 @@ def test_counters_know_the_kernels_of_the_library() -> None:
     if not forwards:
         pytest.skip("heed was built without CUDA")
     assert {name[8:13] for name in forwards} == {"4sm80", "4sm90"}
-    others = [n for n in symbols if re.match(r"_ZN4heed4(sm[89]0|cuda)\d+(decode|backward|finish)", n)]
+    other = r"_ZN4heed4(sm[89]0|cuda)\d+(decode|backward|finish)"
+    others = [name for name in symbols if re.match(other, name)]
     assert others
     assert set(peers_of([*forwards[:40], *forwards[-40:]])) == {"heed"}
     assert set(peers_of(others[:40])) == {"None"}
