@@ -337,12 +337,12 @@ class Meeting:
 class Backward:
     """One block; `ragged` says of every step whether rows of its tile are cleared by consumers."""
 
-    def __init__(self, ragged: list[bool], stages: int, ahead: bool) -> None:
-        self.ragged, self.stages, self.ahead = ragged, stages, ahead
+    def __init__(self, ragged: list[bool], stages: int, ahead: bool, by_keys: bool) -> None:
+        self.ragged, self.stages, self.ahead, self.by_keys = ragged, stages, ahead, by_keys
         for name, count in (("q_full", 1), ("q_empty", 2), ("dout_full", 1), ("dout_empty", 2)):
             setattr(self, name, [Barrier(count) for _ in range(stages)])
         self.visits, self.q, self.dout = ([None] * stages for _ in range(3))
-        self.ds = [[None, None] for _ in range(stages)]
+        self.weights, self.ds = ([[None, None] for _ in range(stages)] for _ in range(2))
         self.written, self.cleared = Meeting(), Meeting()
         self.done: list[list[int]] = [[], []]
 
@@ -392,9 +392,13 @@ class Backward:
             yield from self.dout_full[at.stage].wait(at.phase)
             assert self.dout[at.stage] == (step, True)
             yield
+            if not self.by_keys:
+                self.weights[at.stage][index] = step
+                yield from self.written.sync(index)
             self.ds[at.stage][index] = step
             yield from self.written.sync(index)
-            self.dout_empty[at.stage].arrive()
+            if self.by_keys:
+                self.dout_empty[at.stage].arrive()
             assert self.ds[at.stage] == [step, step]
             yield
             if self.ahead:
@@ -402,7 +406,13 @@ class Backward:
                 after.advance()
                 yield from self.q_full[after.stage].wait(after.phase)
                 yield from begin_scores(after)
-            assert self.ds[at.stage] == [step, step]  # dQ is complete here at the latest
+            # dV and dQ are complete here at the latest, and then dK.
+            if not self.by_keys:
+                assert self.weights[at.stage] == [step, step]
+                assert self.dout[at.stage] == (step, True)
+                self.dout_empty[at.stage].arrive()
+                yield
+            assert self.ds[at.stage] == [step, step]
             assert self.q[at.stage] == (step, True)
             self.done[index].append(step)
             self.q_empty[at.stage].arrive()
@@ -414,11 +424,11 @@ class Backward:
 
 
 @pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize("ahead", [False, True])
-def test_nobody_waits_for_ever_in_the_backward(stages: int, ahead: bool) -> None:
+@pytest.mark.parametrize(("by_keys", "ahead"), [(True, False), (True, True), (False, True)])
+def test_nobody_waits_for_ever_in_the_backward(stages: int, by_keys: bool, ahead: bool) -> None:
     for seed in range(200):
         draw = random.Random(seed)
         ragged = [draw.random() < 0.2 for _ in range(draw.randint(0, 12))]
-        kernel = Backward(ragged, stages, ahead)
+        kernel = Backward(ragged, stages, ahead, by_keys)
         kernel.run(draw)
         assert kernel.done == [list(range(len(ragged)))] * 2

@@ -171,6 +171,44 @@ struct Sums {
   }
 };
 
+// What the backward at head_dim 256 computes of 64 keys: of S^T the query rows of a warpgroup, and
+// sums over query rows of its channels. Both operands in shared memory, P written there in parts.
+template <class Element>
+struct SharedSums {
+  static constexpr int kRows = 64, kCols = 256, kPart = 32, kWidth = 128;
+  using Keys = tile::PanelTile<Element, kRows, kCols>;
+  using Weights = tile::PanelTile<Element, kRows, kRows>;
+  struct alignas(1024) Shared {
+    Keys k, q;
+    Weights weights;
+  };
+  const Element *k, *q;
+  float* scores;  // [64][64]: K Q^T
+  float* out;     // [64][kCols]: += K Q^T Q
+
+  __device__ void operator()(Shared& shared) const {
+    fill(shared.k, k);
+    fill(shared.q, q);
+    ptx::fence_async_proxy();
+    __syncthreads();
+    const int group = tile::warpgroup(), row = 16 * (tile::warp() % 4);
+    tile::Accumulator<1, kPart / 8> part;
+    tile::begin_matmul_nt<Keys, Keys>(part, shared.k.by_rows(), shared.q.by_rows(kPart * group));
+    tile::wait_matmul<0>(part);
+    unload(part, scores + row * kRows + kPart * group, kRows);
+    tile::store_matrices(shared.weights, row, tile::to_operand<Element>(part), kPart / 8 * group);
+    ptx::fence_async_proxy();
+    __syncthreads();
+    tile::Accumulator<1, kWidth / 8> acc;
+    fill(acc, out + row * kCols + kWidth * group, kCols);
+    tile::begin_matmul_nn<Weights, Keys>(
+        acc, shared.weights.by_rows(),
+        tile::columns_from<Keys>(shared.q.by_columns(), kWidth * group));
+    tile::wait_matmul<0>(acc);
+    unload(acc, out + row * kCols + kWidth * group, kCols);
+  }
+};
+
 // Columns [kFirst, kFirst + kWidth) of left^T right; those from kCols on are anything.
 template <class Element, int kCols, int kFirst, int kWidth>
 struct TransposedSums {
@@ -239,6 +277,28 @@ TEST_F(TileWarpgroup, ProductsOfTheForward) {
   constexpr auto kAll = std::make_index_sequence<sm90::kForwardTiles.size()>();
   check_products<bf16>(kAll);
   check_products<f16>(kAll);
+}
+
+template <class Element>
+void check_shared() {
+  using Case = SharedSums<Element>;
+  // Sums of few products, which 16 bits hold.
+  Matrix k = small_integers(64, 256, 10), q = small_integers(64, 256, 11);
+  for (int row = 0; row < 64; ++row)
+    for (int col = 0; col < 256; ++col)
+      if ((row + col) % 32 != 0) k(row, col) = 0;
+  const Matrix o = small_integers(64, 256, 12);
+  const DeviceArray<Element> left(rounded<Element>(k)), right(rounded<Element>(q));
+  const DeviceArray<float> scores(64 * 64), out(rounded<float>(o));
+  launch(Case{left.data(), right.data(), scores.data(), out.data()}, 256);
+  const Matrix s = product(Matrix(64, 64), k, transposed(q));
+  expect_equal(s, matrix_of(64, 64, scores.values()), "S^T = K Q^T");
+  expect_equal(product(o, s, q), matrix_of(64, 256, out.values()), "dV += P^T dO");
+}
+
+TEST_F(TileWarpgroup, ProductsThroughSharedMemory) {
+  check_shared<bf16>();
+  check_shared<f16>();
 }
 
 // dQ = dS K, a part of the channels.

@@ -22,7 +22,7 @@ template <class C>
 __global__ void __launch_bounds__(32 * C::kWarps)
     finish_dq(const __grid_constant__ BackwardParams p) {
   using Element = typename C::Element;
-  __shared__ typename C::QueryTile tile;
+  __shared__ typename C::RoundedQueries tile;
   ptx::wait_for_kernel_before();
   const ForwardProblem& f = p.problem.forward;
   const int heads = static_cast<int>(f.q.heads());

@@ -58,6 +58,7 @@ struct BackwardConfig {
   using Queries = tile::Accumulator<kQueryM, kQueryChannels / 8>;
   using KeyTile = tile::SharedTile<Element, tile.tile_n, tile.head_dim>;
   using QueryTile = tile::SharedTile<Element, tile.tile_m, tile.head_dim>;
+  using RoundedQueries = QueryTile;
   using ScoreTile = tile::SharedTile<Element, tile.tile_n, tile.tile_m>;
 
   struct Smem {

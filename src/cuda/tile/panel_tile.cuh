@@ -7,20 +7,22 @@
 
 namespace heed::tile {
 
-// Where wgmma finds an operand in shared memory with the 128-byte swizzle. Distances are multiples
-// of 16 bytes; adding one to a whole descriptor is one addition as long as addresses stay below
-// 256 KB.
+// Where wgmma finds an operand in shared memory with the 128-byte swizzle and 1024 bytes from eight
+// rows to the next. Distances are multiples of 16 bytes, and addresses stay below 256 KB, so that
+// adding a distance never reaches the upper word, which is the same for all.
 struct Descriptor {
-  std::uint64_t bits;
+  std::uint32_t low;
 
-  // leading, stride: bytes; what they mean depends on which axis is contiguous (see PanelTile).
-  static __device__ __forceinline__ Descriptor at(std::uint32_t address, int leading, int stride) {
-    return {static_cast<std::uint64_t>((address & 0x3ffff) >> 4) |
-            static_cast<std::uint64_t>(leading >> 4) << 16 |
-            static_cast<std::uint64_t>(stride >> 4) << 32 | std::uint64_t{1} << 62};
+  // leading: bytes; what it means depends on which axis is contiguous (see PanelTile).
+  static __device__ __forceinline__ Descriptor at(std::uint32_t address, int leading) {
+    return {(address & 0x3ffff) >> 4 | static_cast<std::uint32_t>(leading >> 4) << 16};
   }
   __device__ __forceinline__ Descriptor operator+(int bytes) const {
-    return {bits + static_cast<std::uint64_t>(bytes >> 4)};
+    return {low + static_cast<std::uint32_t>(bytes >> 4)};
+  }
+  __device__ __forceinline__ std::uint64_t bits() const {
+    constexpr std::uint64_t kUpper = 1024 >> 4 | 1 << 30;  // stride, swizzle
+    return kUpper << 32 | low;
   }
 };
 
@@ -49,12 +51,12 @@ struct alignas(1024) PanelTile {
 
   // Rows from `row` on (a multiple of 8), columns as k.
   __device__ __forceinline__ Descriptor by_rows(int row = 0) const {
-    return Descriptor::at(ptx::shared_address(data) + row * kRowBytes, 16, 1024);
+    return Descriptor::at(ptx::shared_address(data) + row * kRowBytes, 16);
   }
   static constexpr int along_columns(int step) { return step / 4 * kPanelBytes + step % 4 * 32; }
   // Columns as n, rows as k.
   __device__ __forceinline__ Descriptor by_columns() const {
-    return Descriptor::at(ptx::shared_address(data), kPanelBytes, 1024);
+    return Descriptor::at(ptx::shared_address(data), kPanelBytes);
   }
   static constexpr int along_rows(int step) { return step * 2048; }
 

@@ -20,17 +20,18 @@ __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
 }
 
-// Begins acc = left right^T (rows of left times rows of right), and closes its group.
+// Begins acc = left right^T (rows of left times the 8 kN rows of right from the descriptor's on),
+// and closes its group.
 template <class Left, class Right, int kN>
 __device__ __forceinline__ void begin_matmul_nt(Accumulator<1, kN>& acc, Descriptor left,
                                                 Descriptor right) {
-  static_assert(Left::kCols == Right::kCols && Right::kRows == 8 * kN);
+  static_assert(Left::kCols == Right::kCols && Right::kRows % (8 * kN) == 0);
   auto& d = reinterpret_cast<float(&)[4 * kN]>(acc.at);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Left::kCols / 16; ++k)
     ptx::Wgmma<typename Left::Element, 8 * kN>::template ss<0, 0>(
-        d, (left + Left::along_columns(k)).bits, (right + Right::along_columns(k)).bits, k > 0);
+        d, (left + Left::along_columns(k)).bits(), (right + Right::along_columns(k)).bits(), k > 0);
   ptx::wgmma_commit();
 }
 
@@ -44,7 +45,7 @@ __device__ __forceinline__ void begin_matmul_nt(Accumulator<1, kN>& acc, const O
 #pragma unroll
   for (int k = 0; k < kK; ++k)
     ptx::Wgmma<typename Right::Element, 8 * kN>::template rs<0>(
-        d, left.at[0][k], (right + Right::along_columns(k)).bits, k > 0);
+        d, left.at[0][k], (right + Right::along_columns(k)).bits(), k > 0);
   ptx::wgmma_commit();
 }
 
@@ -58,7 +59,21 @@ __device__ __forceinline__ void begin_matmul_nn(Accumulator<1, kN>& acc, const O
 #pragma unroll
   for (int k = 0; k < kK; ++k)
     ptx::Wgmma<typename Right::Element, 8 * kN>::template rs<1>(
-        d, left.at[0][k], (right + Right::along_rows(k)).bits, 1);
+        d, left.at[0][k], (right + Right::along_rows(k)).bits(), 1);
+  ptx::wgmma_commit();
+}
+
+// The same with `left` in shared memory, by rows, and columns of `right` from the descriptor's on.
+template <class Left, class Right, int kN>
+__device__ __forceinline__ void begin_matmul_nn(Accumulator<1, kN>& acc, Descriptor left,
+                                                Descriptor right) {
+  static_assert(Left::kCols == Right::kRows);
+  auto& d = reinterpret_cast<float(&)[4 * kN]>(acc.at);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Left::kCols / 16; ++k)
+    ptx::Wgmma<typename Left::Element, 8 * kN>::template ss<0, 1>(
+        d, (left + Left::along_columns(k)).bits(), (right + Right::along_rows(k)).bits(), 1);
   ptx::wgmma_commit();
 }
 
@@ -73,7 +88,7 @@ __device__ __forceinline__ void begin_matmul_tn(Accumulator<1, kN>& acc, Descrip
 #pragma unroll
   for (int k = 0; k < Left::kRows / 16; ++k)
     ptx::Wgmma<typename Left::Element, 8 * kN>::template ss<1, 1>(
-        d, (left + Left::along_rows(k)).bits, (right + Right::along_rows(k)).bits, k > 0);
+        d, (left + Left::along_rows(k)).bits(), (right + Right::along_rows(k)).bits(), k > 0);
   ptx::wgmma_commit();
 }
 
@@ -99,11 +114,14 @@ __device__ __forceinline__ Operand<1, Tile::kCols / 16> load_matrices(const Tile
   return a;
 }
 
-// Rows [row, row + 16) of this warp, columns from 0 on; `row` is a multiple of 8.
+// Rows [row, row + 16) of this warp, columns from chunk `from` on; `row` is a multiple of 8, `from`
+// of 2 kK within a panel, or 0.
 template <class Tile, int kK>
-__device__ __forceinline__ void store_matrices(Tile& tile, int row, const Operand<1, kK>& a) {
+__device__ __forceinline__ void store_matrices(Tile& tile, int row, const Operand<1, kK>& a,
+                                               int from = 0) {
   // Within a panel the chunks of a row differ by an exclusive or.
-  const std::uint32_t first = ptx::shared_address(tile.chunk(row + lane() % 16, lane() / 16));
+  const std::uint32_t first =
+      ptx::shared_address(tile.chunk(row + lane() % 16, from + lane() / 16));
 #pragma unroll
   for (int k = 0; k < kK; ++k)
     ptx::stmatrix((first ^ static_cast<std::uint32_t>(k % 4 * 32)) + k / 4 * Tile::kPanelBytes,

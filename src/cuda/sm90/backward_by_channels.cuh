@@ -1,0 +1,123 @@
+// The Hopper backward where dK and dV of 64 keys fill the registers of two warpgroups: each has all
+// keys of the CTA and half of the channels.
+//
+// Of the scores, computed transposed, a warpgroup has half of the query rows. P and dS pass through
+// shared memory, from where every product reads both operands:
+//
+//   S^T = K Q^T    dP^T = V dO^T    P = exp2(S - lse)    dS = P (dP - delta)
+//   dV += P^T dO   dK += dS^T Q     dQ += dS K
+//
+// A step of a warpgroup, and what runs under what; S of the next step follows dK:
+//
+//   tensor cores   (S) dP -----------------  dV -----------------          dQ ----- dK ---- S ----
+//   the others         | P --- | barrier 1 |     | dS --- | barrier 2 |            | add dQ ------
+#pragma once
+
+#include <utility>
+
+#include "cuda/sm90/backward_consumer.cuh"
+
+namespace heed::sm90 {
+
+template <class C>
+struct ByChannels : BackwardConsumer<C> {
+  using Base = BackwardConsumer<C>;
+  using Base::acc_dk, Base::acc_dv, Base::acc_s, Base::index, Base::phase, Base::smem;
+  using typename Base::Element, typename Base::RowPairs;
+  static constexpr int kQueryTileBytes = sizeof(typename C::QueryTile);
+  static constexpr int kScoreTileBytes = sizeof(typename C::ScoreTile);
+
+  // Of the warpgroup's query rows, its channels, and of stage 0.
+  tile::Descriptor k_rows, v_rows, k_channels, q_rows, q_channels, dout_rows, dout_channels;
+  tile::Descriptor weights, ds;
+
+  __device__ __forceinline__ ByChannels(const BackwardParams& params, typename C::Smem& shared,
+                                        int consumer, bool keys_missing)
+      : Base(params, shared, consumer, keys_missing),
+        k_rows(shared.k.by_rows()),
+        v_rows(shared.v.by_rows()),
+        k_channels(tile::columns_from<typename C::KeyTile>(shared.k.by_columns(),
+                                                           consumer * C::kKeyChannels)),
+        q_rows(shared.q[0].by_rows(C::kScoreRows * consumer)),
+        q_channels(tile::columns_from<typename C::QueryTile>(shared.q[0].by_columns(),
+                                                             consumer * C::kKeyChannels)),
+        dout_rows(shared.dout[0].by_rows(C::kScoreRows * consumer)),
+        dout_channels(tile::columns_from<typename C::QueryTile>(shared.dout[0].by_columns(),
+                                                                consumer * C::kKeyChannels)),
+        weights(shared.weights.at[0].by_rows()),
+        ds(shared.ds[0].by_rows()) {}
+
+  // Keeps the compiler from computing the descriptors of every product once and spilling them.
+  static __device__ __forceinline__ tile::Descriptor opaque(tile::Descriptor x) {
+    asm volatile("" : "+r"(x.low));
+    return x;
+  }
+
+  // `rows`: as Visit::rows.
+  template <int kStage>
+  __device__ __forceinline__ void begin_scores(int rows, int of_phase) {
+    smem.q_full[kStage].wait(of_phase);
+    this->template clear_missing_queries<kStage>(rows, of_phase);
+    tile::begin_matmul_nt<typename C::KeyTile, typename C::QueryTile>(
+        acc_s, opaque(k_rows), opaque(q_rows) + kStage * kQueryTileBytes);
+  }
+  // A warp's scores to where all warps of both warpgroups read them.
+  __device__ __forceinline__ void share(typename C::ScoreTile& tile,
+                                        const typename C::Scores& acc) {
+    tile::store_matrices(tile, this->warp_key(), tile::to_operand<Element>(acc),
+                         this->first_row() / 8);
+    ptx::fence_async_proxy();
+    sync_consumers();
+  }
+
+  // The step of a stage, whose S is complete; false: there is none.
+  template <int kStage>
+  __device__ __forceinline__ bool visit() {
+    constexpr int kNext = (kStage + 1) % C::tile.stages;
+    const typename C::Visit visit = smem.visits[kStage];
+    if (visit.sums < 0) return false;
+    const typename C::Rows& rows = smem.rows[kStage];
+    typename C::Scores acc_dp;
+    typename C::Queries acc_dq;
+    smem.dout_full[kStage].wait(phase);
+    tile::begin_matmul_nt<typename C::KeyTile, typename C::QueryTile>(
+        acc_dp, v_rows, dout_rows + kStage * kQueryTileBytes);
+    this->exponentiate(visit.inside, rows, this->load_pairs(rows.lse_log2));
+    share(smem.weights.at[kStage], acc_s);
+    tile::begin_matmul_nn<typename C::ScoreTile, typename C::QueryTile>(
+        acc_dv, weights + kStage * kScoreTileBytes, dout_channels + kStage * kQueryTileBytes);
+    const RowPairs delta = this->load_pairs(rows.delta);
+    tile::wait_matmul<1>(acc_dp);
+    this->differentiate(delta, acc_dp);
+    share(smem.ds[kStage], acc_dp);
+    tile::begin_matmul_tn<typename C::ScoreTile, typename C::KeyTile>(
+        acc_dq, ds + kStage * kScoreTileBytes, k_channels);
+    tile::begin_matmul_nn<typename C::ScoreTile, typename C::QueryTile>(
+        acc_dk, ds + kStage * kScoreTileBytes, q_channels + kStage * kQueryTileBytes);
+    // Of anything, where there is no next step.
+    const int next_phase = kNext == 0 ? phase ^ 1 : phase;
+    begin_scores<kNext>(smem.visits[kNext].rows, next_phase);
+    tile::wait_matmul<2>(acc_dq);
+    this->release(smem.dout_empty[kStage]);
+    this->add_queries(visit.sums, visit.turn, acc_dq);
+    tile::wait_matmul<0>(acc_s);
+    this->release(smem.q_empty[kStage]);
+    return true;
+  }
+  template <int... kStage>
+  __device__ __forceinline__ void visit_all(std::integer_sequence<int, kStage...>) {
+#pragma unroll 1
+    while ((visit<kStage>() && ...)) phase ^= 1;
+  }
+
+  __device__ __forceinline__ void run() {
+    smem.keys_full.wait(0);
+    this->clear_missing_keys();
+    begin_scores<0>(smem.visits[0].rows, 0);
+    tile::wait_matmul<0>(acc_s);
+    visit_all(std::make_integer_sequence<int, C::tile.stages>());
+    this->store_keys();
+  }
+};
+
+}  // namespace heed::sm90
