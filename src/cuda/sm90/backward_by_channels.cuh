@@ -53,11 +53,10 @@ struct ByChannels : BackwardConsumer<C> {
     return x;
   }
 
-  // `rows`: as Visit::rows.
   template <int kStage>
-  __device__ __forceinline__ void begin_scores(int rows, int of_phase) {
+  __device__ __forceinline__ void begin_scores(int of_phase) {
     smem.q_full[kStage].wait(of_phase);
-    this->template clear_missing_queries<kStage>(rows, of_phase);
+    this->template clear_missing_queries<kStage>(smem.visits[kStage].rows, of_phase);
     tile::begin_matmul_nt<typename C::KeyTile, typename C::QueryTile>(
         acc_s, opaque(k_rows), opaque(q_rows) + kStage * kQueryTileBytes);
   }
@@ -96,7 +95,7 @@ struct ByChannels : BackwardConsumer<C> {
         acc_dk, ds + kStage * kScoreTileBytes, q_channels + kStage * kQueryTileBytes);
     // Of anything, where there is no next step.
     const int next_phase = kNext == 0 ? phase ^ 1 : phase;
-    begin_scores<kNext>(smem.visits[kNext].rows, next_phase);
+    begin_scores<kNext>(next_phase);
     tile::wait_matmul<2>(acc_dq);
     this->release(smem.dout_empty[kStage]);
     this->add_queries(visit.sums, visit.turn, acc_dq);
@@ -113,7 +112,7 @@ struct ByChannels : BackwardConsumer<C> {
   __device__ __forceinline__ void run() {
     smem.keys_full.wait(0);
     this->clear_missing_keys();
-    begin_scores<0>(smem.visits[0].rows, 0);
+    begin_scores<0>(0);
     tile::wait_matmul<0>(acc_s);
     visit_all(std::make_integer_sequence<int, C::tile.stages>());
     this->store_keys();
