@@ -39,6 +39,7 @@ struct BackwardConfig {
   static constexpr int kQueryM = 1;
   static constexpr int kQueryParts = kConsumers;
   static constexpr int kQueryChannels = kByKeys ? (tile.head_dim <= 64 ? 32 : 64) : 128;
+  static constexpr int kLastChannels = tile.head_dim - (kQueryParts - 1) * kQueryChannels;
   static constexpr int kQueryFloats = tile.tile_m * kQueryParts * kQueryChannels;
   static constexpr int kWriters = kConsumers;  // to a tile of dq, of a CTA
 
@@ -238,18 +239,21 @@ struct BackwardConsumer {
     if constexpr (C::kBounded) tile::scale(acc_dp, smem.ds_scale);
   }
 
+  // Without channels that are not there: reductions are what dQ costs.
+  __device__ __forceinline__ void add_channels(float* base, const typename C::Queries& acc) const {
+    if constexpr (C::kLastChannels < C::kQueryChannels)
+      if (index == C::kQueryParts - 1) return tile::add_to_global<C::kLastChannels / 8>(base, acc);
+    tile::add_to_global(base, acc);
+  }
   __device__ __forceinline__ void add_queries(int sums, int turn, const typename C::Queries& acc) {
     const int warp = static_cast<int>(threadIdx.x) % 128 / 32 * C::kQueryParts + index;
     float* base =
         p.base.dq + std::int64_t{sums} * C::kQueryFloats + warp * (16 * C::kQueryChannels);
-    if (p.base.turns == nullptr) {
-      tile::add_to_global(base, acc);
-      return;
-    }
+    if (p.base.turns == nullptr) return add_channels(base, acc);
     int* counter = p.base.turns + std::int64_t{sums} * C::kWriters + index;
     if (first_thread) cuda::wait_for_turn(counter, turn);
     sync_consumer(index);
-    tile::add_to_global(base, acc);
+    add_channels(base, acc);
     sync_consumer(index);
     if (first_thread) cuda::pass_turn(counter);
   }

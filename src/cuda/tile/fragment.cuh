@@ -176,9 +176,11 @@ __device__ __forceinline__ void store_global(const Accumulator<kM, kN>& acc, boo
 }
 
 // fp32 accumulators in memory in the order of the registers: 512 bytes of consecutive memory
-// per warp and fragment. `base`: 32 kM kN * 4 floats of this warp, a multiple of 16 bytes.
-template <int kM, int kN>
+// per warp and fragment. `base`: 32 kM kN * 4 floats of this warp, a multiple of 16 bytes. Of
+// accumulators of one row of fragments the first kCount may be meant.
+template <int kCount, int kM, int kN>
 __device__ __forceinline__ void add_to_global(float* base, const Accumulator<kM, kN>& acc) {
+  static_assert(kCount == kM * kN || kM == 1);
   float* mine = base + 4 * lane();
   [&]<int... kFragment>(std::integer_sequence<int, kFragment...>) {
     const auto add = [&]<int kAt>(const float(&x)[4]) {
@@ -186,7 +188,11 @@ __device__ __forceinline__ void add_to_global(float* base, const Accumulator<kM,
     };
     (add.template operator()<kFragment>(acc.at[kFragment / kN][kFragment % kN]), ...);
   }
-  (std::make_integer_sequence<int, kM * kN>());
+  (std::make_integer_sequence<int, kCount>());
+}
+template <int kM, int kN>
+__device__ __forceinline__ void add_to_global(float* base, const Accumulator<kM, kN>& acc) {
+  add_to_global<kM * kN>(base, acc);
 }
 
 template <int kM, int kN>
