@@ -287,7 +287,7 @@ class BackwardKernel {
     Span used_rows{kTile, 0};
     Span used_columns{kTile, 0};
     for (int g = 0; g < groups; ++g) {
-      spans[g] = group_span<C>(limits, g * C::kMicroRows, rows, key0, columns);
+      spans[g] = group_span<C>(group_keys<C>(limits, g * C::kMicroRows, rows, key0, columns));
       if (spans[g].empty()) continue;
       used_rows = {std::min(used_rows.begin, g * C::kMicroRows), (g + 1) * C::kMicroRows};
       used_columns = {std::min(used_columns.begin, spans[g].begin),

@@ -41,17 +41,30 @@ constexpr int padded_columns(std::int64_t columns) {
   return round_up(static_cast<int>(columns), C::kPanel);
 }
 
-// Whole panels of a tile's columns that some row of the group from `first` on sees.
+// A tile's columns that some row of the group from `first` on sees.
 template <class C>
-Span group_span(const RowLimits* limits, int first, int rows, int key0, int columns) {
+Span group_keys(const RowLimits* limits, int first, int rows, int key0, int columns) {
   Span span{columns, 0};
   for (int r = first; r < std::min(first + C::kMicroRows, rows); ++r) {
     const Span live = live_columns(limits[r], key0, {0, columns});
     if (live.empty()) continue;
-    span.begin = std::min(span.begin, live.begin / C::kPanel * C::kPanel);
-    span.end = std::max(span.end, round_up(live.end, C::kPanel));
+    span.begin = std::min(span.begin, live.begin);
+    span.end = std::max(span.end, live.end);
   }
   return span.empty() ? Span{} : span;
+}
+
+// The same from the beginning of a panel to the end of a vector.
+template <class C>
+Span group_span(Span keys) {
+  return {keys.begin / C::kPanel * C::kPanel, round_up(keys.end, C::Isa::kLanes)};
+}
+
+// The same up to whole words.
+template <class C>
+Span group_depth(Span keys) {
+  constexpr int kDepth = C::Operand::kDepth;
+  return {keys.begin / kDepth * kDepth, round_up(keys.end, kDepth)};
 }
 
 // Out and lse of tokens that belong to no entry, as rows without keys have them.
@@ -252,9 +265,12 @@ class ForwardKernel {
     const int padded = padded_columns<C>(at.k.length);
     for (int key0 = all.first / C::kPanel * C::kPanel; key0 < all.end; key0 += kTileN) {
       const int columns = std::min(kTileN, padded - key0);
-      Span spans[kGroups];
-      for (int g = 0; g < groups; ++g)
-        spans[g] = group_span<C>(limits, g * C::kMicroRows, rows, key0, columns);
+      Span spans[kGroups], depths[kGroups];
+      for (int g = 0; g < groups; ++g) {
+        const Span keys = group_keys<C>(limits, g * C::kMicroRows, rows, key0, columns);
+        spans[g] = group_span<C>(keys);
+        depths[g] = group_depth<C>(keys);
+      }
       product_columns<typename C::Operand>(w.q, k + std::int64_t{key0} * k_words_, k_words_, w.s,
                                            kLds, spans, groups, columns);
       for (int g = 0; g < groups; ++g)
@@ -262,7 +278,7 @@ class ForwardKernel {
           softmax(w, at, head, row0, g * C::kMicroRows, rows, limits, spans[g], key0, statistics);
       product_depth<typename C::Operand, kLdp, Update::scale_add>(
           w.p, v + std::int64_t{key0} / C::Operand::kDepth * C::kPanel,
-          std::int64_t{words_of<C>(padded)} * C::kPanel, w.o, v_columns_, spans, groups,
+          std::int64_t{words_of<C>(padded)} * C::kPanel, w.o, v_columns_, depths, groups,
           v_columns_, statistics.rescaled);
     }
     for (int r = 0; r < rows; ++r)
