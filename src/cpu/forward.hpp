@@ -10,6 +10,7 @@
 #include "core/workspace.hpp"
 #include "cpu/executor.hpp"
 #include "cpu/rowwise.hpp"
+#include "cpu/schedule.hpp"
 #include "registry.hpp"
 
 namespace heed::cpu {
@@ -143,8 +144,7 @@ class ForwardKernel {
         k_words_(words_of<C>(problem.q.head_dim())),
         v_columns_(padded_columns<C>(problem.v.head_dim())),
         k_capacity_(round_up(static_cast<int>(max_seqlen_k(problem)), C::kPanel)) {
-    const std::int64_t heads = batch_entries(p_) * p_.k.heads();
-    private_packs_ = k_capacity_ <= kPrivateKeys && heads >= 4 * workers_;
+    private_packs_ = forward_by_heads(p_, workers_);
     const std::int64_t per_key = k_words_;
     if (!private_packs_) {
       const std::int64_t keys = p_.k.rank == 3 && p_.sequences.cu_seqlens_k != nullptr
@@ -153,6 +153,7 @@ class ForwardKernel {
       packed_k_ = layout.add<Word>(keys * p_.k.heads() * per_key);
       packed_v_ = layout.add<Word>(words_of<C>(keys * p_.k.heads() * v_columns_));
     }
+    shares_ = layout.add<Share>(share_count(p_, {.tile = kTileM}));
     scratch_bytes_ = carve(WorkspaceLayout()).bytes;
     scratch_ = layout.add<std::byte>(static_cast<std::int64_t>(scratch_bytes_) * workers_);
     bytes_ = layout.bytes();
@@ -203,38 +204,36 @@ class ForwardKernel {
   }
 
   void run(Executor& executor) {
-    const std::int64_t entries = batch_entries(p_);
     const std::int64_t group = group_of(p_);
     clear_gaps<Element>(p_, executor, workers_);
+    order_shares(p_, {.tile = kTileM}, shares_);
+    const std::int64_t entries = batch_entries(p_);
+    const TaskOrder heads{shares_, entries, p_.k.heads()};
     if (private_packs_) {
-      parallel_for(executor, workers_, entries * p_.k.heads(), [&](std::int64_t task, int worker) {
-        const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.k.heads()));
-        const std::int64_t head = task % p_.k.heads();
+      parallel_for(executor, workers_, heads.tasks(), [&](std::int64_t task, int worker) {
+        const TaskOrder::Task now = heads.at(task);
+        const SequenceSlice at = slice_of(p_, now.share.entry);
         const Scratch s = scratch(worker);
-        pack(at, head, s.k, s.v);
-        for (std::int64_t h = head * group; h < (head + 1) * group; ++h)
+        pack(at, now.head, s.k, s.v);
+        for (std::int64_t h = now.head * group; h < (now.head + 1) * group; ++h)
           for (int row = 0; row < at.q.length; row += kTileM) tile(s, at, h, row, s.k, s.v);
       });
       return;
     }
-    parallel_for(executor, workers_, entries * p_.k.heads(), [&](std::int64_t task, int) {
-      const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.k.heads()));
-      const std::int64_t head = task % p_.k.heads();
-      pack(at, head, k_panels(at, head), v_panels(at, head));
+    parallel_for(executor, workers_, heads.tasks(), [&](std::int64_t task, int) {
+      const TaskOrder::Task now = heads.at(task);
+      const SequenceSlice at = slice_of(p_, now.share.entry);
+      pack(at, now.head, k_panels(at, now.head), v_panels(at, now.head));
     });
-    const std::int64_t tiles = ceil_div(longest_query(p_), kTileM);
-    // Head by head, so that its panels stay in the shared cache; in each head the last tiles first:
-    // under a causal mask they are the longest, and what is left at the end is short.
-    parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
-                 [&](std::int64_t task, int worker) {
-                   const std::int64_t row = (tiles - 1 - task % tiles) * kTileM;
-                   const SequenceSlice at =
-                       slice_of(p_, static_cast<int>(task / tiles / p_.q.heads()));
-                   const std::int64_t head = task / tiles % p_.q.heads();
-                   if (row >= at.q.length) return;
-                   tile(scratch(worker), at, head, static_cast<int>(row),
-                        k_panels(at, head / group), v_panels(at, head / group));
-                 });
+    const TaskOrder tiles{shares_, entries, p_.q.heads(), ceil_div(longest_query(p_), kTileM)};
+    parallel_for(executor, workers_, tiles.tasks(), [&](std::int64_t task, int worker) {
+      const TaskOrder::Task now = tiles.at(task);
+      const SequenceSlice at = slice_of(p_, now.share.entry);
+      const std::int64_t row = now.tile * kTileM;
+      if (row >= at.q.length) return;
+      tile(scratch(worker), at, now.head, static_cast<int>(row), k_panels(at, now.head / group),
+           v_panels(at, now.head / group));
+    });
   }
 
   Word* k_panels(const SequenceSlice& at, std::int64_t head) const {
@@ -308,8 +307,6 @@ class ForwardKernel {
     }
   }
 
-  static constexpr int kPrivateKeys = 1024;
-
   const ForwardProblem& p_;
   const ScoreTransform<Isa> transform_;
   const int workers_;
@@ -319,6 +316,7 @@ class ForwardKernel {
   bool private_packs_ = false;
   Word* packed_k_ = nullptr;
   Word* packed_v_ = nullptr;
+  Share* shares_ = nullptr;
   std::byte* scratch_ = nullptr;
   std::size_t scratch_bytes_ = 0;
   std::size_t bytes_ = 0;
