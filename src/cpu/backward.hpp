@@ -289,9 +289,9 @@ class BackwardKernel {
     }
     if (used_rows.empty()) return;
     product_columns<Operand>(w.q_rows, w.k_columns + std::int64_t{local} * qk_words_, qk_words_,
-                             w.s, kLds, spans, groups, columns);
+                             w.s, kLds, spans, groups, columns, nullptr);
     product_columns<Operand>(w.dout_rows, w.v_columns + std::int64_t{local} * v_words_, v_words_,
-                             w.dp, kLds, spans, groups, columns);
+                             w.dp, kLds, spans, groups, columns, nullptr);
     for (int r = used_rows.begin; r < used_rows.end; ++r)
       gradient_row(w, at, head, row0, r, r < rows ? limits[r] : RowLimits{},
                    spans[r / C::kMicroRows], key0);
@@ -316,7 +316,7 @@ class BackwardKernel {
     const std::int64_t block_words = words_of<C>(round_up(keys.end - keys.begin, kTile));
     product_depth<Operand, kLdw, Update::add>(
         w.ds_rows, w.k_panels + std::int64_t{local} / Operand::kDepth * C::kPanel,
-        block_words * C::kPanel, w.dq, qk_columns_, spans, groups, qk_columns_, nullptr);
+        block_words * C::kPanel, w.dq, qk_columns_, spans, groups, qk_columns_, nullptr, nullptr);
   }
 
   // Turns row r of S and dP into P and dS, over the whole width of the tile: 0 where nothing is seen.

@@ -215,8 +215,13 @@ class ForwardKernel {
         const SequenceSlice at = slice_of(p_, now.share.entry);
         const Scratch s = scratch(worker);
         pack(at, now.head, s.k, s.v);
+        const std::int64_t turns = group * ceil_div(at.q.length, kTileM);
+        std::int64_t turn = 0;
         for (std::int64_t h = now.head * group; h < (now.head + 1) * group; ++h)
-          for (int row = 0; row < at.q.length; row += kTileM) tile(s, at, h, row, s.k, s.v);
+          for (int row = 0; row < at.q.length; row += kTileM, ++turn) {
+            RowsAhead ahead = rows_after(at, h, row, heads, task + workers_, turn, turns);
+            tile(s, at, h, row, s.k, s.v, &ahead);
+          }
       });
       return;
     }
@@ -232,8 +237,31 @@ class ForwardKernel {
       const std::int64_t row = now.tile * kTileM;
       if (row >= at.q.length) return;
       tile(scratch(worker), at, now.head, static_cast<int>(row), k_panels(at, now.head / group),
-           v_panels(at, now.head / group));
+           v_panels(at, now.head / group), nullptr);
     });
+  }
+
+  // What a worker that packs for itself needs after a tile: the next rows of q, and a part of the
+  // keys and values of the head that is probably its next one.
+  RowsAhead rows_after(const SequenceSlice& at, std::int64_t head, int row, const TaskOrder& heads,
+                       std::int64_t next, std::int64_t turn, std::int64_t turns) const {
+    RowsAhead ahead;
+    const auto add = [&](const ConstTensorView& x, const SideSlice& side, std::int64_t of,
+                         std::int64_t begin, std::int64_t end) {
+      ahead.add(row_of<Element>(x, side, of, begin), x.seqlen_stride(),
+                std::min<std::int64_t>(end, side.length) - begin, x.head_dim());
+    };
+    if (row + kTileM < at.q.length) add(p_.q, at.q, head, row + kTileM, row + 2 * kTileM);
+    if (next >= heads.tasks()) return ahead;
+    const TaskOrder::Task after = heads.at(next);
+    const SequenceSlice then = slice_of(p_, after.share.entry);
+    if (row + kTileM >= at.q.length) add(p_.q, then.q, after.head * group_of(p_), 0, kTileM);
+    if (p_.paged.page_table != nullptr) return ahead;
+    const std::int64_t begin = then.k.length * turn / turns;
+    const std::int64_t end = then.k.length * (turn + 1) / turns;
+    add(p_.k, then.k, after.head, begin, end);
+    add(p_.v, then.k, after.head, begin, end);
+    return ahead;
   }
 
   Word* k_panels(const SequenceSlice& at, std::int64_t head) const {
@@ -243,8 +271,9 @@ class ForwardKernel {
     return packed_v_ + pack_offset(at, head) / C::Operand::kDepth * v_columns_;
   }
 
+  // Rows that are needed after it are in `ahead`.
   void tile(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, const Word* k,
-            const Word* v) const {
+            const Word* v, RowsAhead* ahead) const {
     const int rows = std::min(kTileM, at.q.length - row0);
     const int groups = (rows + C::kMicroRows - 1) / C::kMicroRows;
     RowLimits limits[kTileM];
@@ -260,6 +289,12 @@ class ForwardKernel {
         static_cast<int>(p_.q.head_dim()), w.q);
     std::fill_n(w.o, groups * C::kMicroRows * v_columns_, 0.f);
 
+    if (ahead != nullptr) {
+      ahead->add(row_of<Element>(p_.out, at.q, head, row0), p_.out.seqlen_stride(), rows,
+                 p_.v.head_dim());
+      ahead->spread(std::int64_t{groups} * std::max(0, all.end - all.first) *
+                    (k_words_ + v_columns_ / C::Operand::kDepth) / C::kPanel);
+    }
     RowStatistics<Isa, kTileM> statistics;
     const int padded = padded_columns<C>(at.k.length);
     for (int key0 = all.first / C::kPanel * C::kPanel; key0 < all.end; key0 += kTileN) {
@@ -271,14 +306,14 @@ class ForwardKernel {
         depths[g] = group_depth<C>(keys);
       }
       product_columns<typename C::Operand>(w.q, k + std::int64_t{key0} * k_words_, k_words_, w.s,
-                                           kLds, spans, groups, columns);
+                                           kLds, spans, groups, columns, ahead);
       for (int g = 0; g < groups; ++g)
         if (!spans[g].empty())
           softmax(w, at, head, row0, g * C::kMicroRows, rows, limits, spans[g], key0, statistics);
       product_depth<typename C::Operand, kLdp, Update::scale_add>(
           w.p, v + std::int64_t{key0} / C::Operand::kDepth * C::kPanel,
           std::int64_t{words_of<C>(padded)} * C::kPanel, w.o, v_columns_, depths, groups,
-          v_columns_, statistics.rescaled);
+          v_columns_, statistics.rescaled, ahead);
     }
     for (int r = 0; r < rows; ++r)
       store_output<C>(p_, at, head, row0 + r, w.o + std::int64_t{r} * v_columns_, statistics[r]);

@@ -5,6 +5,7 @@
 // [panel][depth word][kPanel columns]; A is read word by word at constant strides.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -50,6 +51,42 @@ Ahead part_of_panel(const Word* panel, int depth, int turn, int turns) {
   return {reinterpret_cast<const char*>(panel) + kLine * depth * turn / turns, kLine / turns};
 }
 
+// Rows in memory that are needed soon. Products ask for one of them every few words of depth, in
+// the order of memory, so that it works while they do. In bursts, products stand still behind them.
+class RowsAhead {
+ public:
+  template <class Element>
+  void add(const Element* row, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
+    if (rows <= 0) return;
+    const auto size = static_cast<std::int64_t>(sizeof(Element));
+    lists_[end_++] = {reinterpret_cast<const char*>(row), stride * size, columns * size, rows};
+    rows_ += rows;
+  }
+  // Has them all asked for while products take so many words of depth, where there are enough.
+  void spread(std::int64_t words) {
+    constexpr std::int64_t kLeast = 8, kMost = 1 << 20;
+    every_ = static_cast<int>(std::clamp(words / std::max<std::int64_t>(rows_, 1), kLeast, kMost));
+  }
+  // Words from one row to the next, for a product of `depth` words.
+  int every(int depth) const { return now_ == end_ ? depth : every_; }
+  [[gnu::always_inline]] void ask() {
+    if (now_ == end_) return;
+    List& list = lists_[now_];
+    for (std::int64_t at = 0; at < list.bytes; at += 64) __builtin_prefetch(list.row + at, 0, 2);
+    list.row += list.stride;
+    if (--list.rows == 0) ++now_;
+  }
+
+ private:
+  struct List {
+    const char* row;
+    std::int64_t stride, bytes, rows;
+  };
+  List lists_[5];
+  int now_ = 0, end_ = 0, every_ = 1;
+  std::int64_t rows_ = 0;
+};
+
 // How C takes the product: C = AB, C += AB, or C = factor[row] * C + AB.
 enum class Update { store, add, scale_add };
 
@@ -61,25 +98,29 @@ template <class Operand, int kRow, int kDepthStride, Update kUpdate, int kVector
 [[gnu::always_inline]] inline void micro_product(const typename Operand::Word* a,
                                                  const typename Operand::Word* b, int depth,
                                                  float* c, int ldc, const float* factor,
-                                                 Ahead ahead) {
+                                                 Ahead ahead, RowsAhead* rows_ahead) {
   using Isa = typename Operand::Isa;
   using Vec = typename Isa::Vec;
   constexpr int kRows = Isa::kMicroRows;
   Vec acc[kRows][kVectors] = {};
-  for (int k = 0; k < depth; ++k) {
-    typename Operand::Wide panel[kVectors];
+  const int every = rows_ahead == nullptr ? depth : rows_ahead->every(depth);
+  for (int k = 0; k < depth;) {
+    if (rows_ahead != nullptr) rows_ahead->ask();
+    for (const int end = std::min(k + every, depth); k < end; ++k) {
+      typename Operand::Wide panel[kVectors];
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) panel[j] = Operand::load(b + j * Isa::kLanes);
-    __builtin_prefetch(ahead.at);
-    ahead.at += ahead.step;
+      for (int j = 0; j < kVectors; ++j) panel[j] = Operand::load(b + j * Isa::kLanes);
+      __builtin_prefetch(ahead.at);
+      ahead.at += ahead.step;
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const typename Operand::Word word = a[r * kRow];
+      for (int r = 0; r < kRows; ++r) {
+        const typename Operand::Word word = a[r * kRow];
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], word, panel[j]);
+        for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], word, panel[j]);
+      }
+      a += kDepthStride;
+      b += kPanel<Isa>;
     }
-    a += kDepthStride;
-    b += kPanel<Isa>;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
@@ -106,7 +147,8 @@ struct Span {
 // of kLanes. A: panels of kMicroRows rows.
 template <class Operand>
 void product_columns(const typename Operand::Word* a, const typename Operand::Word* b, int depth,
-                     float* c, int ldc, const Span* spans, int groups, int cols) {
+                     float* c, int ldc, const Span* spans, int groups, int cols,
+                     RowsAhead* rows_ahead) {
   using Isa = typename Operand::Isa;
   constexpr int kRows = Isa::kMicroRows;
   for (int col = 0; col < cols; col += kPanel<Isa>, b += std::int64_t{depth} * kPanel<Isa>)
@@ -115,7 +157,8 @@ void product_columns(const typename Operand::Word* a, const typename Operand::Wo
       const auto product = [&](auto vectors) __attribute__((always_inline)) {
         micro_product<Operand, 1, kRows, Update::store, decltype(vectors)::value>(
             a + std::int64_t{g} * depth * kRows, b, depth, c + g * kRows * ldc + col, ldc, nullptr,
-            part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups));
+            part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups),
+            rows_ahead);
       };
       if (spans[g].end - col > Isa::kLanes) {
         product(std::integral_constant<int, 2>());
@@ -130,7 +173,7 @@ void product_columns(const typename Operand::Word* a, const typename Operand::Wo
 template <class Operand, int kLda, Update kUpdate>
 void product_depth(const typename Operand::Word* a, const typename Operand::Word* b,
                    std::int64_t panel_stride, float* c, int ldc, const Span* spans, int groups,
-                   int cols, const float* factor) {
+                   int cols, const float* factor, RowsAhead* rows_ahead) {
   using Isa = typename Operand::Isa;
   constexpr int kRows = Isa::kMicroRows;
   const auto* const first_panel = b;
@@ -146,7 +189,7 @@ void product_depth(const typename Operand::Word* a, const typename Operand::Word
       micro_product<Operand, kLda, 1, kUpdate>(
           a + g * kRows * kLda + first, b + std::int64_t{first} * kPanel<Isa>, depth,
           c + g * kRows * ldc + col, ldc, factor == nullptr ? nullptr : factor + g * kRows,
-          part_of_panel<Isa>(next, depth, g, groups));
+          part_of_panel<Isa>(next, depth, g, groups), rows_ahead);
     }
 }
 
@@ -166,7 +209,8 @@ void product_transposed(const typename Operand::Word* a, const typename Operand:
           c + row * ldc + col, ldc, nullptr,
           part_of_panel<Isa>(b + panel_stride + std::int64_t{first} * kPanel<Isa>, words,
                              (row - rows.begin) / Isa::kMicroRows,
-                             (rows.end - rows.begin) / Isa::kMicroRows));
+                             (rows.end - rows.begin) / Isa::kMicroRows),
+          nullptr);
 }
 
 }  // namespace heed::cpu
