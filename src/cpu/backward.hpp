@@ -71,18 +71,15 @@ class BackwardKernel {
     entry_tasks_ = task_entries_ == 0 ? 0 : entries / task_entries_;
     head_tasks_ = task_heads_ == 0 ? 0 : p_.k.heads() / task_heads_;
     const std::int64_t owners = std::max<std::int64_t>(1, entry_tasks_ * head_tasks_);
-    const int keys = static_cast<int>(max_seqlen_k(p_));
-    const int tiles = std::max(1, ceil_div(keys, kTile));
-    chunks_ = static_cast<int>(
-        clamp64((kTasks + owners - 1) / owners, 1, ceil_div(tiles, 4)));
-    chunk_keys_ = ceil_div(tiles, chunks_) * kTile;
-    chunks_ = std::max(1, ceil_div(keys, chunk_keys_));
-    partial_ = chunks_ > 1 || chunk_keys_ > kBlock;
+    cut_ = backward_cut(p_, kTile, owners);
+    cut_.together = task_entries_;
+    partial_ = cut_.chunks > 1 || cut_.chunk_keys > kBlock;
 
     rows_ = p_.q.batch() * p_.q.heads() * p_.q.seqlen();
     delta_ = layout.add<float>(rows_);
     sink_terms_ = layout.add<double>(b_.dsink != nullptr ? entries * p_.q.heads() : 0);
-    if (partial_) partial_dq_ = layout.add<float>(chunks_ * rows_ * qk_columns_);
+    shares_ = layout.add<Share>(share_count(p_, cut_));
+    if (partial_) partial_dq_ = layout.add<float>(cut_.chunks * rows_ * qk_columns_);
     scratch_bytes_ = carve(WorkspaceLayout()).bytes;
     scratch_ = layout.add<std::byte>(static_cast<std::int64_t>(scratch_bytes_) * workers_);
     bytes_ = layout.bytes();
@@ -91,7 +88,7 @@ class BackwardKernel {
   Carved carve(WorkspaceLayout layout) const {
     Scratch s;
     const std::int64_t tile_words = words_of<C>(kTile);
-    const std::int64_t block = std::min(kBlock, chunk_keys_);
+    const std::int64_t block = std::min(kBlock, cut_.chunk_keys);
     s.q_rows = layout.add<Word>(std::int64_t{kTile} * qk_words_ + Isa::kLanes);
     s.dout_rows = layout.add<Word>(std::int64_t{kTile} * v_words_ + Isa::kLanes);
     s.q_panels = layout.add<Word>(tile_words * qk_columns_);
@@ -140,19 +137,16 @@ class BackwardKernel {
         b_.dsink[head] = static_cast<float>(sum);
       }
     }
-    // Head by head, so that its rows stay in the shared cache; in each head the first chunks first: under
-    // a causal mask most queries see them.
-    parallel_for(executor, workers_, chunks_ * entry_tasks_ * head_tasks_,
-                 [&](std::int64_t task, int worker) {
-                   const Scratch w = scratch(worker);
-                   const std::int64_t owner = task / chunks_;
-                   const int chunk = static_cast<int>(task % chunks_);
-                   const std::int64_t entry0 = owner / head_tasks_ * task_entries_;
-                   const std::int64_t head0 = owner % head_tasks_ * task_heads_;
-                   for (std::int64_t e = entry0; e < entry0 + task_entries_; ++e)
-                     for (std::int64_t h = head0; h < head0 + task_heads_; ++h)
-                       run_chunk(w, slice_of(p_, static_cast<int>(e)), h, chunk);
-                 });
+    order_shares(p_, cut_, shares_);
+    const TaskOrder order{shares_, share_count(p_, cut_), head_tasks_};
+    parallel_for(executor, workers_, order.tasks(), [&](std::int64_t task, int worker) {
+      const Scratch w = scratch(worker);
+      const TaskOrder::Task now = order.at(task);
+      const std::int64_t head0 = now.head * task_heads_;
+      for (std::int64_t e = now.share.entry; e < now.share.entry + task_entries_; ++e)
+        for (std::int64_t h = head0; h < head0 + task_heads_; ++h)
+          run_chunk(w, slice_of(p_, static_cast<int>(e)), h, now.share.chunk);
+    });
     if (partial_) {
       const std::int64_t tiles = ceil_div(longest_query(p_), kTile);
       parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
@@ -206,8 +200,8 @@ class BackwardKernel {
   }
 
   void run_chunk(const Scratch& w, const SequenceSlice& at, std::int64_t head, int chunk) const {
-    const int begin = chunk * chunk_keys_;
-    const int end = std::min(begin + chunk_keys_, at.k.length);
+    const int begin = chunk * cut_.chunk_keys;
+    const int end = std::min(begin + cut_.chunk_keys, at.k.length);
     const std::int64_t group = group_of(p_);
     // A chunk without keys still owes its partial dq.
     int key0 = begin;
@@ -287,7 +281,7 @@ class BackwardKernel {
     Span used_rows{kTile, 0};
     Span used_columns{kTile, 0};
     for (int g = 0; g < groups; ++g) {
-      spans[g] = group_span<C>(limits, g * C::kMicroRows, rows, key0, columns);
+      spans[g] = group_span<C>(group_keys<C>(limits, g * C::kMicroRows, rows, key0, columns));
       if (spans[g].empty()) continue;
       used_rows = {std::min(used_rows.begin, g * C::kMicroRows), (g + 1) * C::kMicroRows};
       used_columns = {std::min(used_columns.begin, spans[g].begin),
@@ -295,9 +289,9 @@ class BackwardKernel {
     }
     if (used_rows.empty()) return;
     product_columns<Operand>(w.q_rows, w.k_columns + std::int64_t{local} * qk_words_, qk_words_,
-                             w.s, kLds, spans, groups, columns);
+                             w.s, kLds, spans, groups, columns, nullptr);
     product_columns<Operand>(w.dout_rows, w.v_columns + std::int64_t{local} * v_words_, v_words_,
-                             w.dp, kLds, spans, groups, columns);
+                             w.dp, kLds, spans, groups, columns, nullptr);
     for (int r = used_rows.begin; r < used_rows.end; ++r)
       gradient_row(w, at, head, row0, r, r < rows ? limits[r] : RowLimits{},
                    spans[r / C::kMicroRows], key0);
@@ -322,7 +316,7 @@ class BackwardKernel {
     const std::int64_t block_words = words_of<C>(round_up(keys.end - keys.begin, kTile));
     product_depth<Operand, kLdw, Update::add>(
         w.ds_rows, w.k_panels + std::int64_t{local} / Operand::kDepth * C::kPanel,
-        block_words * C::kPanel, w.dq, qk_columns_, spans, groups, qk_columns_, nullptr);
+        block_words * C::kPanel, w.dq, qk_columns_, spans, groups, qk_columns_, nullptr, nullptr);
   }
 
   // Turns row r of S and dP into P and dS, over the whole width of the tile: 0 where nothing is seen.
@@ -393,14 +387,13 @@ class BackwardKernel {
     const int row0 = static_cast<int>(task % tiles) * kTile;
     float* sum = scratch(worker).dq;
     for (int row = row0; row < std::min(row0 + kTile, at.q.length); ++row) {
-      for (int chunk = 0; chunk < chunks_; ++chunk)
+      for (int chunk = 0; chunk < cut_.chunks; ++chunk)
         add_row(sum, partial_row(chunk, at, head, row), chunk == 0);
       store_row<Isa>(row_of<Element>(b_.dq, at.q, head, row), sum, p_.q.head_dim(),
                      scale_of(p_));
     }
   }
 
-  static constexpr std::int64_t kTasks = 32;  // enough for any CPU to balance, few enough partial dq
   static constexpr std::int64_t kPanelStride = std::int64_t{kTile / Operand::kDepth} * C::kPanel;
 
   const BackwardProblem& b_;
@@ -413,12 +406,12 @@ class BackwardKernel {
   std::int64_t task_heads_ = 1;
   std::int64_t entry_tasks_ = 0;
   std::int64_t head_tasks_ = 0;
-  int chunks_ = 1;
-  int chunk_keys_ = kTile;
+  Cut cut_;
   bool partial_ = false;
   std::int64_t rows_ = 0;  // query rows of all heads
   float* delta_ = nullptr;
   double* sink_terms_ = nullptr;
+  Share* shares_ = nullptr;
   float* partial_dq_ = nullptr;
   std::byte* scratch_ = nullptr;
   std::size_t scratch_bytes_ = 0;

@@ -23,5 +23,6 @@
 #include "core/softmax_state.hpp"
 #include "core/workspace.hpp"
 #include "cpu/executor.hpp"
+#include "cpu/schedule.hpp"
 #include "cpu/task.hpp"
 #include "registry.hpp"

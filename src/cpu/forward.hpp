@@ -10,6 +10,7 @@
 #include "core/workspace.hpp"
 #include "cpu/executor.hpp"
 #include "cpu/rowwise.hpp"
+#include "cpu/schedule.hpp"
 #include "registry.hpp"
 
 namespace heed::cpu {
@@ -41,17 +42,30 @@ constexpr int padded_columns(std::int64_t columns) {
   return round_up(static_cast<int>(columns), C::kPanel);
 }
 
-// Whole panels of a tile's columns that some row of the group from `first` on sees.
+// A tile's columns that some row of the group from `first` on sees.
 template <class C>
-Span group_span(const RowLimits* limits, int first, int rows, int key0, int columns) {
+Span group_keys(const RowLimits* limits, int first, int rows, int key0, int columns) {
   Span span{columns, 0};
   for (int r = first; r < std::min(first + C::kMicroRows, rows); ++r) {
     const Span live = live_columns(limits[r], key0, {0, columns});
     if (live.empty()) continue;
-    span.begin = std::min(span.begin, live.begin / C::kPanel * C::kPanel);
-    span.end = std::max(span.end, round_up(live.end, C::kPanel));
+    span.begin = std::min(span.begin, live.begin);
+    span.end = std::max(span.end, live.end);
   }
   return span.empty() ? Span{} : span;
+}
+
+// The same from the beginning of a panel to the end of a vector.
+template <class C>
+Span group_span(Span keys) {
+  return {keys.begin / C::kPanel * C::kPanel, round_up(keys.end, C::Isa::kLanes)};
+}
+
+// The same up to whole words.
+template <class C>
+Span group_depth(Span keys) {
+  constexpr int kDepth = C::Operand::kDepth;
+  return {keys.begin / kDepth * kDepth, round_up(keys.end, kDepth)};
 }
 
 // Out and lse of tokens that belong to no entry, as rows without keys have them.
@@ -130,8 +144,7 @@ class ForwardKernel {
         k_words_(words_of<C>(problem.q.head_dim())),
         v_columns_(padded_columns<C>(problem.v.head_dim())),
         k_capacity_(round_up(static_cast<int>(max_seqlen_k(problem)), C::kPanel)) {
-    const std::int64_t heads = batch_entries(p_) * p_.k.heads();
-    private_packs_ = k_capacity_ <= kPrivateKeys && heads >= 4 * workers_;
+    private_packs_ = forward_by_heads(p_, workers_);
     const std::int64_t per_key = k_words_;
     if (!private_packs_) {
       const std::int64_t keys = p_.k.rank == 3 && p_.sequences.cu_seqlens_k != nullptr
@@ -140,6 +153,7 @@ class ForwardKernel {
       packed_k_ = layout.add<Word>(keys * p_.k.heads() * per_key);
       packed_v_ = layout.add<Word>(words_of<C>(keys * p_.k.heads() * v_columns_));
     }
+    shares_ = layout.add<Share>(share_count(p_, {.tile = kTileM}));
     scratch_bytes_ = carve(WorkspaceLayout()).bytes;
     scratch_ = layout.add<std::byte>(static_cast<std::int64_t>(scratch_bytes_) * workers_);
     bytes_ = layout.bytes();
@@ -190,38 +204,64 @@ class ForwardKernel {
   }
 
   void run(Executor& executor) {
-    const std::int64_t entries = batch_entries(p_);
     const std::int64_t group = group_of(p_);
     clear_gaps<Element>(p_, executor, workers_);
+    order_shares(p_, {.tile = kTileM}, shares_);
+    const std::int64_t entries = batch_entries(p_);
+    const TaskOrder heads{shares_, entries, p_.k.heads()};
     if (private_packs_) {
-      parallel_for(executor, workers_, entries * p_.k.heads(), [&](std::int64_t task, int worker) {
-        const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.k.heads()));
-        const std::int64_t head = task % p_.k.heads();
+      parallel_for(executor, workers_, heads.tasks(), [&](std::int64_t task, int worker) {
+        const TaskOrder::Task now = heads.at(task);
+        const SequenceSlice at = slice_of(p_, now.share.entry);
         const Scratch s = scratch(worker);
-        pack(at, head, s.k, s.v);
-        for (std::int64_t h = head * group; h < (head + 1) * group; ++h)
-          for (int row = 0; row < at.q.length; row += kTileM) tile(s, at, h, row, s.k, s.v);
+        pack(at, now.head, s.k, s.v);
+        const std::int64_t turns = group * ceil_div(at.q.length, kTileM);
+        std::int64_t turn = 0;
+        for (std::int64_t h = now.head * group; h < (now.head + 1) * group; ++h)
+          for (int row = 0; row < at.q.length; row += kTileM, ++turn) {
+            RowsAhead ahead = rows_after(at, h, row, heads, task + workers_, turn, turns);
+            tile(s, at, h, row, s.k, s.v, &ahead);
+          }
       });
       return;
     }
-    parallel_for(executor, workers_, entries * p_.k.heads(), [&](std::int64_t task, int) {
-      const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.k.heads()));
-      const std::int64_t head = task % p_.k.heads();
-      pack(at, head, k_panels(at, head), v_panels(at, head));
+    parallel_for(executor, workers_, heads.tasks(), [&](std::int64_t task, int) {
+      const TaskOrder::Task now = heads.at(task);
+      const SequenceSlice at = slice_of(p_, now.share.entry);
+      pack(at, now.head, k_panels(at, now.head), v_panels(at, now.head));
     });
-    const std::int64_t tiles = ceil_div(longest_query(p_), kTileM);
-    // Head by head, so that its panels stay in the shared cache; in each head the last tiles first:
-    // under a causal mask they are the longest, and what is left at the end is short.
-    parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
-                 [&](std::int64_t task, int worker) {
-                   const std::int64_t row = (tiles - 1 - task % tiles) * kTileM;
-                   const SequenceSlice at =
-                       slice_of(p_, static_cast<int>(task / tiles / p_.q.heads()));
-                   const std::int64_t head = task / tiles % p_.q.heads();
-                   if (row >= at.q.length) return;
-                   tile(scratch(worker), at, head, static_cast<int>(row),
-                        k_panels(at, head / group), v_panels(at, head / group));
-                 });
+    const TaskOrder tiles{shares_, entries, p_.q.heads(), ceil_div(longest_query(p_), kTileM)};
+    parallel_for(executor, workers_, tiles.tasks(), [&](std::int64_t task, int worker) {
+      const TaskOrder::Task now = tiles.at(task);
+      const SequenceSlice at = slice_of(p_, now.share.entry);
+      const std::int64_t row = now.tile * kTileM;
+      if (row >= at.q.length) return;
+      tile(scratch(worker), at, now.head, static_cast<int>(row), k_panels(at, now.head / group),
+           v_panels(at, now.head / group), nullptr);
+    });
+  }
+
+  // What a worker that packs for itself needs after a tile: the next rows of q, and a part of the
+  // keys and values of the head that is probably its next one.
+  RowsAhead rows_after(const SequenceSlice& at, std::int64_t head, int row, const TaskOrder& heads,
+                       std::int64_t next, std::int64_t turn, std::int64_t turns) const {
+    RowsAhead ahead;
+    const auto add = [&](const ConstTensorView& x, const SideSlice& side, std::int64_t of,
+                         std::int64_t begin, std::int64_t end) {
+      ahead.add(row_of<Element>(x, side, of, begin), x.seqlen_stride(),
+                std::min<std::int64_t>(end, side.length) - begin, x.head_dim());
+    };
+    if (row + kTileM < at.q.length) add(p_.q, at.q, head, row + kTileM, row + 2 * kTileM);
+    if (next >= heads.tasks()) return ahead;
+    const TaskOrder::Task after = heads.at(next);
+    const SequenceSlice then = slice_of(p_, after.share.entry);
+    if (row + kTileM >= at.q.length) add(p_.q, then.q, after.head * group_of(p_), 0, kTileM);
+    if (p_.paged.page_table != nullptr) return ahead;
+    const std::int64_t begin = then.k.length * turn / turns;
+    const std::int64_t end = then.k.length * (turn + 1) / turns;
+    add(p_.k, then.k, after.head, begin, end);
+    add(p_.v, then.k, after.head, begin, end);
+    return ahead;
   }
 
   Word* k_panels(const SequenceSlice& at, std::int64_t head) const {
@@ -231,8 +271,9 @@ class ForwardKernel {
     return packed_v_ + pack_offset(at, head) / C::Operand::kDepth * v_columns_;
   }
 
+  // Rows that are needed after it are in `ahead`.
   void tile(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, const Word* k,
-            const Word* v) const {
+            const Word* v, RowsAhead* ahead) const {
     const int rows = std::min(kTileM, at.q.length - row0);
     const int groups = (rows + C::kMicroRows - 1) / C::kMicroRows;
     RowLimits limits[kTileM];
@@ -248,22 +289,31 @@ class ForwardKernel {
         static_cast<int>(p_.q.head_dim()), w.q);
     std::fill_n(w.o, groups * C::kMicroRows * v_columns_, 0.f);
 
+    if (ahead != nullptr) {
+      ahead->add(row_of<Element>(p_.out, at.q, head, row0), p_.out.seqlen_stride(), rows,
+                 p_.v.head_dim());
+      ahead->spread(std::int64_t{groups} * std::max(0, all.end - all.first) *
+                    (k_words_ + v_columns_ / C::Operand::kDepth) / C::kPanel);
+    }
     RowStatistics<Isa, kTileM> statistics;
     const int padded = padded_columns<C>(at.k.length);
     for (int key0 = all.first / C::kPanel * C::kPanel; key0 < all.end; key0 += kTileN) {
       const int columns = std::min(kTileN, padded - key0);
-      Span spans[kGroups];
-      for (int g = 0; g < groups; ++g)
-        spans[g] = group_span<C>(limits, g * C::kMicroRows, rows, key0, columns);
+      Span spans[kGroups], depths[kGroups];
+      for (int g = 0; g < groups; ++g) {
+        const Span keys = group_keys<C>(limits, g * C::kMicroRows, rows, key0, columns);
+        spans[g] = group_span<C>(keys);
+        depths[g] = group_depth<C>(keys);
+      }
       product_columns<typename C::Operand>(w.q, k + std::int64_t{key0} * k_words_, k_words_, w.s,
-                                           kLds, spans, groups, columns);
+                                           kLds, spans, groups, columns, ahead);
       for (int g = 0; g < groups; ++g)
         if (!spans[g].empty())
           softmax(w, at, head, row0, g * C::kMicroRows, rows, limits, spans[g], key0, statistics);
       product_depth<typename C::Operand, kLdp, Update::scale_add>(
           w.p, v + std::int64_t{key0} / C::Operand::kDepth * C::kPanel,
-          std::int64_t{words_of<C>(padded)} * C::kPanel, w.o, v_columns_, spans, groups,
-          v_columns_, statistics.rescaled);
+          std::int64_t{words_of<C>(padded)} * C::kPanel, w.o, v_columns_, depths, groups,
+          v_columns_, statistics.rescaled, ahead);
     }
     for (int r = 0; r < rows; ++r)
       store_output<C>(p_, at, head, row0 + r, w.o + std::int64_t{r} * v_columns_, statistics[r]);
@@ -292,8 +342,6 @@ class ForwardKernel {
     }
   }
 
-  static constexpr int kPrivateKeys = 1024;
-
   const ForwardProblem& p_;
   const ScoreTransform<Isa> transform_;
   const int workers_;
@@ -303,6 +351,7 @@ class ForwardKernel {
   bool private_packs_ = false;
   Word* packed_k_ = nullptr;
   Word* packed_v_ = nullptr;
+  Share* shares_ = nullptr;
   std::byte* scratch_ = nullptr;
   std::size_t scratch_bytes_ = 0;
   std::size_t bytes_ = 0;

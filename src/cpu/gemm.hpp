@@ -5,7 +5,9 @@
 // [panel][depth word][kPanel columns]; A is read word by word at constant strides.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace heed::cpu {
 
@@ -49,49 +51,89 @@ Ahead part_of_panel(const Word* panel, int depth, int turn, int turns) {
   return {reinterpret_cast<const char*>(panel) + kLine * depth * turn / turns, kLine / turns};
 }
 
+// Rows in memory that are needed soon. Products ask for one of them every few words of depth, in
+// the order of memory, so that it works while they do. In bursts, products stand still behind them.
+class RowsAhead {
+ public:
+  template <class Element>
+  void add(const Element* row, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
+    if (rows <= 0) return;
+    const auto size = static_cast<std::int64_t>(sizeof(Element));
+    lists_[end_++] = {reinterpret_cast<const char*>(row), stride * size, columns * size, rows};
+    rows_ += rows;
+  }
+  // Has them all asked for while products take so many words of depth, where there are enough.
+  void spread(std::int64_t words) {
+    constexpr std::int64_t kLeast = 8, kMost = 1 << 20;
+    every_ = static_cast<int>(std::clamp(words / std::max<std::int64_t>(rows_, 1), kLeast, kMost));
+  }
+  // Words from one row to the next, for a product of `depth` words.
+  int every(int depth) const { return now_ == end_ ? depth : every_; }
+  [[gnu::always_inline]] void ask() {
+    if (now_ == end_) return;
+    List& list = lists_[now_];
+    for (std::int64_t at = 0; at < list.bytes; at += 64) __builtin_prefetch(list.row + at, 0, 2);
+    list.row += list.stride;
+    if (--list.rows == 0) ++now_;
+  }
+
+ private:
+  struct List {
+    const char* row;
+    std::int64_t stride, bytes, rows;
+  };
+  List lists_[5];
+  int now_ = 0, end_ = 0, every_ = 1;
+  std::int64_t rows_ = 0;
+};
+
 // How C takes the product: C = AB, C += AB, or C = factor[row] * C + AB.
 enum class Update { store, add, scale_add };
 
-// C[kMicroRows, kPanel] from one panel of B. Word (row, depth) of A is a[row * kRow + depth * kDepth].
-// A panel of B that comes from beyond L2 is used by a few products only: without `ahead` the first of
-// them waits for it, which costs a tenth of the time of a long sequence.
-template <class Operand, int kRow, int kDepthStride, Update kUpdate>
+// C[kMicroRows, kVectors * kLanes] from the first columns of one panel of B. Word (row, depth) of A
+// is a[row * kRow + depth * kDepthStride]. A panel of B that comes from beyond L2 is used by a few
+// products only: without `ahead` the first of them waits for it, which costs a tenth of the time of
+// a long sequence.
+template <class Operand, int kRow, int kDepthStride, Update kUpdate, int kVectors = 2>
 [[gnu::always_inline]] inline void micro_product(const typename Operand::Word* a,
                                                  const typename Operand::Word* b, int depth,
                                                  float* c, int ldc, const float* factor,
-                                                 Ahead ahead) {
+                                                 Ahead ahead, RowsAhead* rows_ahead) {
   using Isa = typename Operand::Isa;
   using Vec = typename Isa::Vec;
   constexpr int kRows = Isa::kMicroRows;
-  Vec acc[kRows][2] = {};
-  for (int k = 0; k < depth; ++k) {
-    const auto b0 = Operand::load(b);
-    const auto b1 = Operand::load(b + Isa::kLanes);
-    __builtin_prefetch(ahead.at);
-    ahead.at += ahead.step;
+  Vec acc[kRows][kVectors] = {};
+  const int every = rows_ahead == nullptr ? depth : rows_ahead->every(depth);
+  for (int k = 0; k < depth;) {
+    if (rows_ahead != nullptr) rows_ahead->ask();
+    for (const int end = std::min(k + every, depth); k < end; ++k) {
+      typename Operand::Wide panel[kVectors];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) panel[j] = Operand::load(b + j * Isa::kLanes);
+      __builtin_prefetch(ahead.at);
+      ahead.at += ahead.step;
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const typename Operand::Word word = a[r * kRow];
-      acc[r][0] = Operand::mac(acc[r][0], word, b0);
-      acc[r][1] = Operand::mac(acc[r][1], word, b1);
+      for (int r = 0; r < kRows; ++r) {
+        const typename Operand::Word word = a[r * kRow];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], word, panel[j]);
+      }
+      a += kDepthStride;
+      b += kPanel<Isa>;
     }
-    a += kDepthStride;
-    b += kPanel<Isa>;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    float* row = c + r * ldc;
-    if constexpr (kUpdate == Update::add) {
-      acc[r][0] = acc[r][0] + Isa::load(row);
-      acc[r][1] = acc[r][1] + Isa::load(row + Isa::kLanes);
-    } else if constexpr (kUpdate == Update::scale_add) {
-      const Vec f = Isa::broadcast(factor[r]);
-      acc[r][0] = Isa::fma(f, Isa::load(row), acc[r][0]);
-      acc[r][1] = Isa::fma(f, Isa::load(row + Isa::kLanes), acc[r][1]);
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + r * ldc + j * Isa::kLanes;
+      if constexpr (kUpdate == Update::add) {
+        acc[r][j] = acc[r][j] + Isa::load(to);
+      } else if constexpr (kUpdate == Update::scale_add) {
+        acc[r][j] = Isa::fma(Isa::broadcast(factor[r]), Isa::load(to), acc[r][j]);
+      }
+      Isa::store(to, acc[r][j]);
     }
-    Isa::store(row, acc[r][0]);
-    Isa::store(row + Isa::kLanes, acc[r][1]);
-  }
 }
 
 // Columns (for S, dP) or depth (for the products with P and dS) that a group of kMicroRows rows needs.
@@ -101,26 +143,37 @@ struct Span {
   bool empty() const { return begin >= end; }
 };
 
-// C[:, span] = A B for every group of rows; spans are multiples of kPanel. A: panels of kMicroRows rows.
+// C[:, span] = A B for every group of rows; spans begin at multiples of kPanel and end at multiples
+// of kLanes. A: panels of kMicroRows rows.
 template <class Operand>
 void product_columns(const typename Operand::Word* a, const typename Operand::Word* b, int depth,
-                     float* c, int ldc, const Span* spans, int groups, int cols) {
+                     float* c, int ldc, const Span* spans, int groups, int cols,
+                     RowsAhead* rows_ahead) {
   using Isa = typename Operand::Isa;
   constexpr int kRows = Isa::kMicroRows;
   for (int col = 0; col < cols; col += kPanel<Isa>, b += std::int64_t{depth} * kPanel<Isa>)
-    for (int g = 0; g < groups; ++g)
-      if (spans[g].begin <= col && col < spans[g].end)
-        micro_product<Operand, 1, kRows, Update::store>(
+    for (int g = 0; g < groups; ++g) {
+      if (col < spans[g].begin || spans[g].end <= col) continue;
+      const auto product = [&](auto vectors) __attribute__((always_inline)) {
+        micro_product<Operand, 1, kRows, Update::store, decltype(vectors)::value>(
             a + std::int64_t{g} * depth * kRows, b, depth, c + g * kRows * ldc + col, ldc, nullptr,
-            part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups));
+            part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups),
+            rows_ahead);
+      };
+      if (spans[g].end - col > Isa::kLanes) {
+        product(std::integral_constant<int, 2>());
+      } else {
+        product(std::integral_constant<int, 1>());
+      }
+    }
 }
 
-// C (+)= A B over cols / kPanel panels of B, `panel_stride` words apart; each group of rows has its own
-// range of depth (elements; multiples of kPanel). A is stored by rows of kLda words.
+// C (+)= A B over cols / kPanel panels of B, `panel_stride` words apart; each group of rows has its
+// own range of depth (elements; multiples of kDepth). A is stored by rows of kLda words.
 template <class Operand, int kLda, Update kUpdate>
 void product_depth(const typename Operand::Word* a, const typename Operand::Word* b,
                    std::int64_t panel_stride, float* c, int ldc, const Span* spans, int groups,
-                   int cols, const float* factor) {
+                   int cols, const float* factor, RowsAhead* rows_ahead) {
   using Isa = typename Operand::Isa;
   constexpr int kRows = Isa::kMicroRows;
   const auto* const first_panel = b;
@@ -133,11 +186,10 @@ void product_depth(const typename Operand::Word* a, const typename Operand::Word
       const bool last = col + kPanel<Isa> >= cols;
       const auto* next = last ? first_panel + std::int64_t{first + depth} * kPanel<Isa>
                               : b + panel_stride + std::int64_t{first} * kPanel<Isa>;
-      micro_product<Operand, kLda, 1, kUpdate>(a + g * kRows * kLda + first,
-                                               b + std::int64_t{first} * kPanel<Isa>, depth,
-                                               c + g * kRows * ldc + col, ldc,
-                                               factor == nullptr ? nullptr : factor + g * kRows,
-                                               part_of_panel<Isa>(next, depth, g, groups));
+      micro_product<Operand, kLda, 1, kUpdate>(
+          a + g * kRows * kLda + first, b + std::int64_t{first} * kPanel<Isa>, depth,
+          c + g * kRows * ldc + col, ldc, factor == nullptr ? nullptr : factor + g * kRows,
+          part_of_panel<Isa>(next, depth, g, groups), rows_ahead);
     }
 }
 
@@ -157,7 +209,8 @@ void product_transposed(const typename Operand::Word* a, const typename Operand:
           c + row * ldc + col, ldc, nullptr,
           part_of_panel<Isa>(b + panel_stride + std::int64_t{first} * kPanel<Isa>, words,
                              (row - rows.begin) / Isa::kMicroRows,
-                             (rows.end - rows.begin) / Isa::kMicroRows));
+                             (rows.end - rows.begin) / Isa::kMicroRows),
+          nullptr);
 }
 
 }  // namespace heed::cpu

@@ -180,10 +180,12 @@ void softmax_group(float* s, int lds, int first, int rows, Span columns, float f
   }
   for (int r = 0; r < rows; ++r) {
     Vec even = none, odd = none;
-    for (int c = columns.begin; c < columns.end; c += 2 * kLanes) {
+    int c = columns.begin;
+    for (; c + kLanes < columns.end; c += 2 * kLanes) {
       even = Isa::max(Isa::load(s + r * lds + c), even);
       odd = Isa::max(Isa::load(s + r * lds + c + kLanes), odd);
     }
+    if (c < columns.end) even = Isa::max(Isa::load(s + r * lds + c), even);
     most[r] = Isa::max(even, odd);
   }
   const Vec f = Isa::broadcast(factor);
