@@ -50,35 +50,42 @@ def implementations() -> list[str]:
     return ["heed", "sdpa", *flash]
 
 
-def interleaved(
-    runs: dict[str, Run], rounds: int, calls: int = 1, wait_for_gpu: bool = True
-) -> dict[str, float | None]:
-    """Median ms of a call, the runs in turn; None for one that fails. Prints how results differ."""
-    times: dict[str, list[float]] = {}
+def works(runs: dict[str, Run]) -> list[str]:
+    """Those that do not fail, warmed up. Prints how results differ."""
     results: dict[str, Tensor] = {}
     for name, run in runs.items():
         try:
             results[name] = run().detach()
             run()
-            times[name] = []
         except Exception as error:
             print(f"  {name} fails: {type(error).__name__}: {str(error).splitlines()[0]}")
-    first = results.pop("heed", torch.zeros(())).double()
+    first = results.get("heed", torch.zeros(())).double()
     for name, result in results.items():
-        if "heed" in times and result.is_floating_point():
+        if "heed" in results and name != "heed" and result.is_floating_point():
             difference = (first - result.double()).abs().max() / first.abs().max()
             print(f"  largest difference to {name}: {difference.item():.1e}")
-    del first, results
+    return list(results)
+
+
+def interleaved(
+    shapes: dict[str, dict[str, Run]], rounds: int, calls: int = 1, wait_for_gpu: bool = True
+) -> dict[str, dict[str, float | None]]:
+    """Median ms of a call, the runs of all shapes in turn; None for one that fails."""
+    times = {shape: {name: [] for name in works(runs)} for shape, runs in shapes.items()}
     for _ in range(rounds):
-        for name, log in times.items():
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                runs[name]()
-            if wait_for_gpu:
+        for shape, logs in times.items():
+            for name, log in logs.items():
                 synchronize()
-            log.append((time.perf_counter() - start) * 1e3 / calls)
-    return {name: statistics.median(times[name]) if name in times else None for name in runs}
+                start = time.perf_counter()
+                for _ in range(calls):
+                    shapes[shape][name]()
+                if wait_for_gpu:
+                    synchronize()
+                log.append((time.perf_counter() - start) * 1e3 / calls)
+    return {
+        shape: {name: statistics.median(logs[name]) if name in logs else None for name in runs}
+        for (shape, runs), logs in zip(shapes.items(), times.values(), strict=True)
+    }
 
 
 # ---- the model ----
@@ -236,12 +243,13 @@ def main() -> None:
     names = implementations()
     cells = []
 
-    def cell(work: str, shape: str, runs: dict[str, Run], rounds: int, **options) -> None:
-        ms = interleaved(runs, rounds, **options)
-        cells.append({"work": work, "shape": shape, "ms": ms})
-        text = [f"{ms[name]:10.3f}" if ms.get(name) else f"{'-':>10}" for name in names]
-        ratio = f"{ms['sdpa'] / ms['heed']:10.2f}x" if ms["sdpa"] and ms["heed"] else ""
-        print(f"{work:10} {shape:36}" + "".join(text) + ratio)
+    def measure(work: str, shapes: dict[str, dict[str, Run]], **options) -> None:
+        """Shapes that are compared with each other are measured together."""
+        for shape, ms in interleaved(shapes, args.rounds, **options).items():
+            cells.append({"work": work, "shape": shape, "ms": ms})
+            text = [f"{ms[name]:10.3f}" if ms.get(name) else f"{'-':>10}" for name in names]
+            ratio = f"{ms['sdpa'] / ms['heed']:10.2f}x" if ms["sdpa"] and ms["heed"] else ""
+            print(f"{work:10} {shape:36}" + "".join(text) + ratio)
         sys.stdout.flush()
 
     columns = "".join(f"{name.replace('_attention_', ' ') + ' ms':>10}" for name in names)
@@ -249,25 +257,25 @@ def main() -> None:
     calls = 3 if args.tiny else 300
     for grad in (False, True):
         shape = f"B1 S128 H8 D64, {'forward with' if grad else 'no'} grad"
-        cell("host time", shape, host_time(grad), args.rounds, calls=calls, wait_for_gpu=False)
+        measure("host time", {shape: host_time(grad)}, calls=calls, wait_for_gpu=False)
     calls = 1 if args.tiny else 20
     shape = f"B16 S2048 H32/8 D128 {FILL:.0%}"
-    cell("padded", f"{shape}, mask", padded(args.tiny, False), args.rounds, calls=calls)
-    cell("padded", f"{shape}, packed", padded(args.tiny, True), args.rounds, calls=calls)
+    kinds = {f"{shape}, mask": padded(args.tiny, False), f"{shape}, packed": padded(args.tiny, True)}
+    measure("padded", kinds, calls=calls)
 
     model = Model(names, args.tiny)
     part = 64 if args.tiny else 1  # of every length
     n, long = 512 // part, 2048 // part
-    cell("generate", "1 x 8 + 20", model.generate(1, 8), args.rounds)
-    cell("generate", "4 x 512 + 20", model.generate(4, n), args.rounds)
-    cell("generate", "4 x 512 + 20, left-padded", model.generate(4, n, "left"), args.rounds)
-    cell("prefill", "16 x 2048", model.prefill(16, long), args.rounds)
-    cell("prefill", f"16 x 2048, {FILL:.0%} full", model.prefill(16, long, "right"), args.rounds)
+    measure("generate", {"1 x 8 + 20": model.generate(1, 8)})
+    shapes = {"4 x 512 + 20": model.generate(4, n)}
+    measure("generate", shapes | {"4 x 512 + 20, left-padded": model.generate(4, n, "left")})
+    shapes = {"16 x 2048": model.prefill(16, long)}
+    measure("prefill", shapes | {f"16 x 2048, {FILL:.0%} full": model.prefill(16, long, "right")})
     model.model.train()
-    cell("training", "2 x 8192", model.train(2, 8192 // part), args.rounds)
     documents = tuple(length // part for length in DOCUMENTS)
-    shape = f"1 x 16384, {len(documents)} documents"
-    cell("training", shape, model.train(1, sum(documents), documents), args.rounds)
+    shapes = {"2 x 8192": model.train(2, 8192 // part)}
+    packed = {f"1 x 16384, {len(documents)} documents": model.train(1, sum(documents), documents)}
+    measure("training", shapes | packed)
 
     if args.save:
         versions = {"transformers": transformers.__version__, "python": platform.python_version()}
