@@ -23,11 +23,11 @@ template <class C>
 struct ByChannels : BackwardConsumer<C> {
   using Base = BackwardConsumer<C>;
   using Base::acc_dk, Base::acc_dv, Base::acc_s, Base::index, Base::phase, Base::smem;
+  using Base::kQueryTileBytes, Base::kScoreTileBytes;
   using typename Base::Element, typename Base::RowPairs;
-  static constexpr int kQueryTileBytes = sizeof(typename C::QueryTile);
-  static constexpr int kScoreTileBytes = sizeof(typename C::ScoreTile);
 
-  // Of the warpgroup's query rows, its channels, and of stage 0.
+  // Of the warpgroup's query rows, its channels, and of stage 0. P and dS have one panel of
+  // columns, so that theirs serve products of rows and of columns.
   tile::Descriptor k_rows, v_rows, k_channels, q_rows, q_channels, dout_rows, dout_channels;
   tile::Descriptor weights, ds;
 

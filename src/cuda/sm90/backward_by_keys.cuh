@@ -25,9 +25,8 @@ template <class C>
 struct ByKeys : BackwardConsumer<C> {
   using Base = BackwardConsumer<C>;
   using Base::acc_dk, Base::acc_dv, Base::acc_s, Base::index, Base::phase, Base::smem;
+  using Base::kQueryTileBytes, Base::kScoreTileBytes;
   using typename Base::Element, typename Base::RowPairs;
-  static constexpr int kQueryTileBytes = sizeof(typename C::QueryTile);
-  static constexpr int kScoreTileBytes = sizeof(typename C::ScoreTile);
 
   // Of the warpgroup's keys, its channels, and of stage 0.
   tile::Descriptor k_rows, v_rows, k_channels, q_rows, q_columns, dout_rows, dout_columns, ds;

@@ -29,8 +29,8 @@ struct BackwardConfig {
   // Registers of a thread: no more in all than the 168 that every thread starts with.
   static constexpr int kProducerRegisters = tile.head_dim > 96 ? 24 : 40;
   static constexpr int kConsumerRegisters = tile.head_dim > 96 ? 240 : 232;
-  // Consumers share the keys (64 for each) or, where dK and dV of 64 keys take the registers of
-  // both, query rows of the scores and channels of everything else.
+  // Consumers divide the keys, 64 for each; or, where dK and dV of 64 keys take the registers of
+  // both, the query rows of the scores and the channels of everything else.
   static constexpr bool kByKeys = tile.tile_n == 64 * kConsumers;
   static constexpr int kScoreRows = kByKeys ? tile.tile_m : tile.tile_m / kConsumers;
   static constexpr int kKeyChannels = kByKeys ? tile.head_dim : 128;
