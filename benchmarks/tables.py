@@ -342,7 +342,7 @@ def cuda_build_table(data: dict, part: str) -> str:
             group = groups[name, dim]
             tile = group[0]["tile"]
             if family == "sm90" and "consumers" not in tile:  # backward
-                tile_m, warps = tile["tile_m"], 4 + tile["tile_n"] // 16
+                tile_m, warps = tile["tile_m"], 4 + 4 * 2  # two consumers
             elif family == "sm90":
                 tile_m, warps = 64 * tile["consumers"], 4 + 4 * tile["consumers"]
             else:
