@@ -8,6 +8,7 @@
 #include <thread>
 #include <type_traits>
 
+#include "cpu/device.hpp"
 #include "support/gate.hpp"
 #include "support/gpu.hpp"
 
@@ -16,10 +17,8 @@ namespace {
 
 bool is_gpu(const KernelRow& row) { return row.arch >= Arch::sm80; }
 
-Device machine(int units) {
-  const Result<Device> device = Device::cpu();
-  return {.arch = device.ok() ? device->arch : Arch::scalar, .units = units};
-}
+// With everything that the CPU offers, also where plans leave the widest set out.
+Device machine(int units) { return {.arch = cpu::best_arch(), .units = units}; }
 
 // The device that runs the row; without a GPU an invented one, so that planning can be tested.
 Device machine_of(const KernelRow& row, int units) {
