@@ -248,8 +248,9 @@ class ForwardKernel {
     RowsAhead ahead;
     const auto add = [&](const ConstTensorView& x, const SideSlice& side, std::int64_t of,
                          std::int64_t begin, std::int64_t end) {
-      ahead.add(row_of<Element>(x, side, of, begin), x.seqlen_stride(),
-                std::min<std::int64_t>(end, side.length) - begin, x.head_dim());
+      const std::int64_t count = std::min<std::int64_t>(end, side.length) - begin;
+      if (count <= 0 || x.head_dim() == 0) return;  // data may be nullptr
+      ahead.add(row_of<Element>(x, side, of, begin), x.seqlen_stride(), count, x.head_dim());
     };
     if (row + kTileM < at.q.length) add(p_.q, at.q, head, row + kTileM, row + 2 * kTileM);
     if (next >= heads.tasks()) return ahead;
@@ -290,7 +291,8 @@ class ForwardKernel {
     std::fill_n(w.o, groups * C::kMicroRows * v_columns_, 0.f);
 
     if (ahead != nullptr) {
-      ahead->add(row_of<Element>(p_.out, at.q, head, row0), p_.out.seqlen_stride(), rows,
+      if (p_.out.head_dim() > 0)  // else data may be nullptr
+        ahead->add(row_of<Element>(p_.out, at.q, head, row0), p_.out.seqlen_stride(), rows,
                  p_.v.head_dim());
       ahead->spread(std::int64_t{groups} * std::max(0, all.end - all.first) *
                     (k_words_ + v_columns_ / C::Operand::kDepth) / C::kPanel);
