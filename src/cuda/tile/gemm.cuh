@@ -160,8 +160,8 @@ __device__ __forceinline__ void store_matrices(Tile& target, int row,
                                                const Accumulator<kM, kN>& acc, int col) {
 #if __CUDA_ARCH__ >= 900
   if constexpr (kN >= 4) {  // two columns of matrices are stored faster word by word
-    const LaneAddress<Tile, 8 * kN % 64 == 0 || 64 % (8 * kN) == 0> place(target, row + lane() % 16,
-                                                                          col / 8 + lane() / 16);
+    const LaneAddress<Tile, 8 * kN % 64 == 0 || 64 % (8 * kN) == 0> place(
+        target, row + lane() % 16, col / 8 + lane() / 16);
     const auto a = to_operand<typename Tile::Element>(acc);
 #pragma unroll
     for (int m = 0; m < kM; ++m)
