@@ -1,19 +1,13 @@
 // The Hopper backward where dK and dV of 64 keys fill the registers of two warpgroups: each has all
 // keys of the CTA and half of the channels.
 //
-// Of the scores, computed transposed, a warpgroup has half of the query rows. P and dS pass through
-// shared memory, from where every product reads both operands:
-//
-//   S^T = K Q^T    dP^T = V dO^T    P = exp2(S - lse)    dS = P (dP - delta)
-//   dV += P^T dO   dK += dS^T Q     dQ += dS K
-//
-// A step of a warpgroup, and what runs under what; S of the next step follows dK:
+// Of the scores a warpgroup has half of the query rows. P and dS pass through shared memory, from
+// where every product reads both operands. A step of a warpgroup, and what runs under what; S of
+// the next step follows dK:
 //
 //   tensor cores   (S) dP -----------------  dV -----------------          dQ ----- dK ---- S ----
 //   the others         | P --- | barrier 1 |     | dS --- | barrier 2 |            | add dQ ------
 #pragma once
-
-#include <utility>
 
 #include "cuda/sm90/backward_consumer.cuh"
 
@@ -103,18 +97,13 @@ struct ByChannels : BackwardConsumer<C> {
     this->release(smem.q_empty[kStage]);
     return true;
   }
-  template <int... kStage>
-  __device__ __forceinline__ void visit_all(std::integer_sequence<int, kStage...>) {
-#pragma unroll 1
-    while ((visit<kStage>() && ...)) phase ^= 1;
-  }
 
   __device__ __forceinline__ void run() {
     smem.keys_full.wait(0);
     this->clear_missing_keys();
     begin_scores<0>(0);
     tile::wait_matmul<0>(acc_s);
-    visit_all(std::make_integer_sequence<int, C::tile.stages>());
+    Base::visit_all(*this);
     this->store_keys();
   }
 };

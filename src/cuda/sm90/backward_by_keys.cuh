@@ -1,21 +1,14 @@
 // The Hopper backward where each of two warpgroups has 64 of the CTA's 128 keys.
 //
-// Scores are computed transposed, so that P and dS are left operands as they stand in the
-// registers:
-//
-//   S^T = K Q^T    dP^T = V dO^T    P = exp2(S - lse)    dS = P (dP - delta)
-//   dV += P^T dO   dK += dS^T Q     dQ += dS K
-//
-// dQ needs the dS of both, which passes through shared memory; each computes a part of its
-// channels. A step of a warpgroup, and what runs under what:
+// P and dS of its keys are left operands as they stand in the registers. dQ needs the dS of both,
+// which passes through shared memory; each computes a part of its channels. A step of a warpgroup,
+// and what runs under what:
 //
 //   tensor cores   S ------- dP -------          dV ------------      dQ ------ dK ------
 //   the others             | P ------          | dS ------ | barrier         | add dQ ---
 //
 // Where registers are spare, K and V stay in them, and the next S follows dK.
 #pragma once
-
-#include <utility>
 
 #include "cuda/sm90/backward_consumer.cuh"
 
@@ -116,11 +109,6 @@ struct ByKeys : BackwardConsumer<C> {
     this->release(smem.q_empty[kStage]);
     return true;
   }
-  template <int... kStage>
-  __device__ __forceinline__ void visit_all(std::integer_sequence<int, kStage...>) {
-#pragma unroll 1
-    while ((visit<kStage>() && ...)) phase ^= 1;
-  }
 
   __device__ __forceinline__ void run() {
     smem.keys_full.wait(0);
@@ -132,7 +120,7 @@ struct ByKeys : BackwardConsumer<C> {
       begin_scores<0>(smem.visits[0].rows, 0);
       tile::wait_matmul<0>(acc_s);
     }
-    visit_all(std::make_integer_sequence<int, C::tile.stages>());
+    Base::visit_all(*this);
     this->store_keys();
   }
 };

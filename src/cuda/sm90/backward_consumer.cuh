@@ -1,4 +1,9 @@
 // What the warpgroups of the Hopper backward have in common, however they divide the work.
+//
+// Scores are computed transposed, keys by query rows:
+//
+//   S^T = K Q^T    dP^T = V dO^T    P = exp2(S - lse)    dS = P (dP - delta)
+//   dV += P^T dO   dK += dS^T Q     dQ += dS K
 #pragma once
 
 #include <climits>
@@ -256,6 +261,16 @@ struct BackwardConsumer {
     add_channels(base, acc);
     sync_consumer(index);
     if (first_thread) cuda::pass_turn(counter);
+  }
+
+  // All steps, by Consumer's visit<kStage>(), which returns false where there is none.
+  template <class Consumer>
+  static __device__ __forceinline__ void visit_all(Consumer& consumer) {
+    [&]<int... kStage>(std::integer_sequence<int, kStage...>) {
+#pragma unroll 1
+      while ((consumer.template visit<kStage>() && ...)) consumer.phase ^= 1;
+    }
+    (std::make_integer_sequence<int, C::tile.stages>());
   }
 
   // dk and dv of the consumer's keys and channels.
