@@ -68,6 +68,16 @@ Span group_depth(Span keys) {
   return {keys.begin / kDepth * kDepth, round_up(keys.end, kDepth)};
 }
 
+// Adds rows [begin, end) of one head, as far as the entry has them. A tensor without elements has no
+// address that one could add to.
+template <class Element, class View>
+void add_rows(RowsAhead& ahead, const View& x, const SideSlice& at, std::int64_t head,
+              std::int64_t begin, std::int64_t end) {
+  const std::int64_t rows = std::min<std::int64_t>(end, at.length) - begin;
+  if (rows <= 0 || x.head_dim() == 0) return;
+  ahead.add(row_of<Element>(x, at, head, begin), x.seqlen_stride(), rows, x.head_dim());
+}
+
 // Out and lse of tokens that belong to no entry, as rows without keys have them.
 template <class Element>
 void clear_gaps(const ForwardProblem& p, Executor& executor, int workers) {
@@ -246,22 +256,18 @@ class ForwardKernel {
   RowsAhead rows_after(const SequenceSlice& at, std::int64_t head, int row, const TaskOrder& heads,
                        std::int64_t next, std::int64_t turn, std::int64_t turns) const {
     RowsAhead ahead;
-    const auto add = [&](const ConstTensorView& x, const SideSlice& side, std::int64_t of,
-                         std::int64_t begin, std::int64_t end) {
-      const std::int64_t count = std::min<std::int64_t>(end, side.length) - begin;
-      if (count <= 0 || x.head_dim() == 0) return;  // data may be nullptr
-      ahead.add(row_of<Element>(x, side, of, begin), x.seqlen_stride(), count, x.head_dim());
-    };
-    if (row + kTileM < at.q.length) add(p_.q, at.q, head, row + kTileM, row + 2 * kTileM);
+    if (row + kTileM < at.q.length)
+      add_rows<Element>(ahead, p_.q, at.q, head, row + kTileM, row + 2 * kTileM);
     if (next >= heads.tasks()) return ahead;
     const TaskOrder::Task after = heads.at(next);
     const SequenceSlice then = slice_of(p_, after.share.entry);
-    if (row + kTileM >= at.q.length) add(p_.q, then.q, after.head * group_of(p_), 0, kTileM);
+    if (row + kTileM >= at.q.length)
+      add_rows<Element>(ahead, p_.q, then.q, after.head * group_of(p_), 0, kTileM);
     if (p_.paged.page_table != nullptr) return ahead;
     const std::int64_t begin = then.k.length * turn / turns;
     const std::int64_t end = then.k.length * (turn + 1) / turns;
-    add(p_.k, then.k, after.head, begin, end);
-    add(p_.v, then.k, after.head, begin, end);
+    add_rows<Element>(ahead, p_.k, then.k, after.head, begin, end);
+    add_rows<Element>(ahead, p_.v, then.k, after.head, begin, end);
     return ahead;
   }
 
@@ -291,9 +297,7 @@ class ForwardKernel {
     std::fill_n(w.o, groups * C::kMicroRows * v_columns_, 0.f);
 
     if (ahead != nullptr) {
-      if (p_.out.head_dim() > 0)  // else data may be nullptr
-        ahead->add(row_of<Element>(p_.out, at.q, head, row0), p_.out.seqlen_stride(), rows,
-                 p_.v.head_dim());
+      add_rows<Element>(*ahead, p_.out, at.q, head, row0, row0 + rows);
       ahead->spread(std::int64_t{groups} * std::max(0, all.end - all.first) *
                     (k_words_ + v_columns_ / C::Operand::kDepth) / C::kPanel);
     }

@@ -55,9 +55,9 @@ Ahead part_of_panel(const Word* panel, int depth, int turn, int turns) {
 // the order of memory, so that it works while they do. In bursts, products stand still behind them.
 class RowsAhead {
  public:
+  // At least one row, `stride` elements apart.
   template <class Element>
   void add(const Element* row, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
-    if (rows <= 0) return;
     const auto size = static_cast<std::int64_t>(sizeof(Element));
     lists_[end_++] = {reinterpret_cast<const char*>(row), stride * size, columns * size, rows};
     rows_ += rows;

@@ -51,7 +51,7 @@ struct TaskOrder {
 
 // Whether a forward task is a key head, whose keys its worker packs for itself, else a tile: there
 // are enough short heads, and equal ones are done within 5 % of the mean. Follows from the shape
-// alone, as a plan's workspace has to.
+// and the number of workers alone, as a plan's workspace has to.
 bool forward_by_heads(const ForwardProblem& p, int workers);
 
 // The chunks of a backward with tiles of so many keys, where one chunk makes `owners` tasks. They

@@ -386,11 +386,22 @@ TEST(Devices, EnvironmentLowersTheInstructionSet) {
       "neon_bf16");
 }
 
+// Everything that the CPU offers but slow dot products.
+TEST(Devices, PlansTakeTheFastestInstructionSet) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool slow = cpu::best_arch() == Arch::avx512_bf16 && __builtin_cpu_is("intel");
+#else
+  const bool slow = false;
+#endif
+  EXPECT_EQ(Device::cpu()->arch, slow ? Arch::avx512 : cpu::best_arch());
+}
+
 // An instruction set of processors that this one is not.
 Arch of_another_cpu() { return Device::cpu()->arch >= Arch::neon ? Arch::avx2 : Arch::neon; }
 
 TEST(Devices, AnInstructionSetTheMachineLacksIsRefused) {
-  const Arch here = Device::cpu()->arch;
+  const Arch here = cpu::best_arch();
   const Environment forced("HEED_FORCE_ISA", name_of(of_another_cpu()));
   const Status s = Device::cpu().status();
   EXPECT_EQ(s.code(), Code::unsupported);

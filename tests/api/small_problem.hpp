@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/device.hpp"
 #include "heed/heed.hpp"
 #include "registry.hpp"
 #include "support/random.hpp"
@@ -147,7 +148,7 @@ Status plan_and_run(const Problem& problem, const Device& device, const Options&
 inline std::vector<Device> cpu_devices() {
   std::vector<Device> devices;
   for (int i = 0; i < static_cast<int>(Arch::sm80); ++i)
-    if (const auto arch = static_cast<Arch>(i); serves(arch, Device::cpu()->arch))
+    if (const auto arch = static_cast<Arch>(i); serves(arch, cpu::best_arch()))
       devices.push_back({.arch = arch, .units = 2});
   return devices;
 }

@@ -17,8 +17,13 @@ namespace {
 
 bool is_gpu(const KernelRow& row) { return row.arch >= Arch::sm80; }
 
-// With everything that the CPU offers, also where plans leave the widest set out.
-Device machine(int units) { return {.arch = cpu::best_arch(), .units = units}; }
+// With everything that the CPU offers, also where plans leave the widest set out, or what
+// HEED_FORCE_ISA says.
+Device machine(int units) {
+  if (std::getenv("HEED_FORCE_ISA") == nullptr) return {.arch = cpu::best_arch(), .units = units};
+  const Result<Device> device = Device::cpu();
+  return {.arch = device.ok() ? device->arch : Arch::scalar, .units = units};
+}
 
 // The device that runs the row; without a GPU an invented one, so that planning can be tested.
 Device machine_of(const KernelRow& row, int units) {
