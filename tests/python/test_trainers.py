@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import heed.transformers  # noqa: F401  registers "heed"
-from device import DEVICE, DTYPE, EXACT, ON_CPU, cpu_only, moved
+from device import DEVICE, DTYPE, EXACT, ON_CPU, moved
 from models import VOCAB, available, build, tokens
 
 LENGTHS = (5, 1, 8, 10)
@@ -160,9 +160,11 @@ def test_odd_positions_have_a_meaning(case, use_cache):
 
 # ---- runs of trainers ----
 
-on_cpu = cpu_only("a trainer keeps float32 weights, which heed takes on a CPU only")
 TEXTS = [{"input_ids": tokens(1, 4 + 3 * (i % 5), seed=i)[0].tolist()} for i in range(12)]
 STEPS_OF_A_RUN = 3
+# A trainer keeps float32 weights; on a GPU it computes in bfloat16, where two implementations agree
+# to this, a third of what documents that see each other change.
+LOSS_TOLERANCE = 1e-4 if EXACT else 3e-3
 RUNS = {
     "plain": {"gradient_checkpointing": False},
     "cache": {"gradient_checkpointing": False, "use_cache": True},
@@ -179,7 +181,8 @@ def settings(folder, run: str = "plain") -> dict:
     """Four documents a step, in the same order in every run."""
     arguments = RUNS[run] | {
         "output_dir": str(folder),
-        "use_cpu": True,
+        "use_cpu": ON_CPU,
+        "bf16": not EXACT,
         "max_steps": STEPS_OF_A_RUN,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -195,7 +198,7 @@ def settings(folder, run: str = "plain") -> dict:
 
 def small(attention: str):
     torch.compiler.reset()
-    return build(available("llama"), attention, num_hidden_layers=1)
+    return build(available("llama"), attention, dtype=torch.float32, num_hidden_layers=1)
 
 
 def padded(features: list[dict]) -> dict:
@@ -219,10 +222,9 @@ def losses(trainer) -> list[float]:
 
 def assert_same_losses(actual: list[float], expected: list[float]) -> None:
     assert len(expected) == STEPS_OF_A_RUN and abs(expected[0] - expected[-1]) > 0.01
-    assert actual == pytest.approx(expected, rel=1e-4)
+    assert actual == pytest.approx(expected, rel=LOSS_TOLERANCE)
 
 
-@on_cpu
 @pytest.mark.parametrize("run", RUNS)
 def test_trainer_without_padding(run, tmp_path):
     pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
@@ -249,7 +251,7 @@ def sft(tmp_path):
     def make(attention: str, run: str, **options):
         return trl.SFTTrainer(
             small(attention),
-            trl.SFTConfig(**settings(tmp_path, run), bf16=False, **options),
+            trl.SFTConfig(**settings(tmp_path, run), **options),
             train_dataset=datasets.Dataset.from_list(TEXTS),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, **names),
         )
@@ -257,14 +259,12 @@ def sft(tmp_path):
     return make
 
 
-@on_cpu
 @pytest.mark.parametrize("run", list(RUNS)[:3])
 def test_trl_without_padding(run, sft):
     free = losses(sft("heed", run, padding_free=True, max_length=None))
     assert_same_losses(free, losses(sft("eager", "plain")))
 
 
-@on_cpu
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 @pytest.mark.parametrize("run", list(RUNS)[:3])
 def test_trl_packing(run, strategy, sft, monkeypatch):
@@ -282,8 +282,10 @@ def test_trl_packing(run, strategy, sft, monkeypatch):
     actual = losses(trainer)
     # Without a cache Transformers' own masks keep documents apart.
     assert_same_losses(actual, losses(sft("eager", "plain", **packing)))
-    ids, positions = batches[0]["input_ids"][0], batches[0]["position_ids"][0]
+    ids, positions = (batches[0][name][0].to(DEVICE) for name in ("input_ids", "position_ids"))
     starts = (positions == 0).nonzero()[:, 0].tolist()
     assert len(starts) > 4
     texts = ids.tensor_split(starts[1:])
-    assert actual[0] == pytest.approx(each_alone(small("eager"), texts).item(), rel=1e-4)
+    assert actual[0] == pytest.approx(
+        each_alone(small("eager"), texts).item(), rel=LOSS_TOLERANCE
+    )
