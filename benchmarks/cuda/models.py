@@ -62,6 +62,8 @@ def works(runs: dict[str, Run]) -> list[str]:
     first = results.get("heed", torch.zeros(())).double()
     for name, result in results.items():
         if "heed" in results and name != "heed" and result.is_floating_point():
+            if result.shape != first.shape:  # heads before tokens
+                result = result.transpose(1, 2)
             difference = (first - result.double()).abs().max() / first.abs().max()
             print(f"  largest difference to {name}: {difference.item():.1e}")
     return list(results)
@@ -189,12 +191,12 @@ def random(*shape: int, requires_grad: bool = False) -> Tensor:
 
 
 def host_time(requires_grad: bool) -> dict[str, Run]:
-    """Until a call returns; both get the layout that they are made for."""
+    """Until a call returns; both get, and give, the layout that they are made for."""
     q, k, v = (random(1, 128, 8, 64, requires_grad=requires_grad) for _ in range(3))
     heads_first = [t.detach().transpose(1, 2).contiguous() for t in (q, k, v)]
     heads_first = [t.requires_grad_(requires_grad) for t in heads_first]
     return {
-        "heed": lambda: heed.attention(q, k, v, causal=True).transpose(1, 2),
+        "heed": lambda: heed.attention(q, k, v, causal=True),
         "sdpa": lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True),
     }
 

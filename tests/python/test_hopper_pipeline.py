@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 
 Step = Iterator[None]
-SOON = 2  # tiles of keys that are left to copy when the next item may be taken
+SOON = 3
 
 
 class Barrier:

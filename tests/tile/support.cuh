@@ -79,7 +79,7 @@ __global__ void run(const __grid_constant__ Body body) {
 
 // Calls body(Body::Shared&) in every thread, and returns after all of them have.
 template <class Body>
-void launch(const Body& body, int threads = 32, int blocks = 1) {
+void launch(const Body& body, int threads = 32, int blocks = 1, int cluster = 1) {
   const std::size_t bytes = sizeof(typename Body::Shared);
   check(cudaFuncSetAttribute(run<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
@@ -88,6 +88,12 @@ void launch(const Body& body, int threads = 32, int blocks = 1) {
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = bytes;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, run<Body>, body), "launch");
   check(cudaDeviceSynchronize(), "kernel");
 }

@@ -1,8 +1,11 @@
 // Joins the parts of attention over split keys: out, lse and the sink.
 #include "cuda/common/combine.cuh"
 
+#include "core/divisor.hpp"
 #include "core/half.hpp"
+#include "core/layout.hpp"
 #include "core/sequence.hpp"
+#include "cuda/common/joined.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/host/launch.hpp"
 #include "cuda/ptx/memory.cuh"
@@ -11,7 +14,9 @@
 namespace heed::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
+// A team of warps joins this many channels of a row of one head, four channels a lane.
+constexpr int kVectors = 8, kChannels = 4 * kVectors;
 
 struct Params {
   ForwardProblem problem;
@@ -19,159 +24,114 @@ struct Params {
   const SoftmaxState* states;
   int splits;
   int width;
-  int rows_per_entry;
-  std::int64_t row_count;
+  bool wide;                    // out takes four channels at a time
+  std::int64_t rows_of_part;    // in partial_out and states
+  Divisor slices, rows, heads;  // kChannels of a row, rows of an entry's head
+  int teams;
 };
 
-// kTeam threads join the parts of a row of one head: a warp where there are many rows, else a
-// block.
-template <int kTeam>
-struct Team {
-  static constexpr int kTeams = kThreads / kTeam;
-  static constexpr int kMostSplits = 1024 / kTeams;
-
-  struct Smem {
-    float weights[kMostSplits];  // of the parts; 0: an empty one, whose sums are not read
-    float scratch[kTeam / 32];
-    float4 sums[kTeam];
-  };
-
-  static __device__ void sync() {
-    if constexpr (kTeam == 32)
-      __syncwarp();
-    else
-      __syncthreads();
-  }
-  template <class Op>
-  static __device__ float reduce(Smem& smem, int thread, float x, const Op& op) {
-    for (int step = 16; step > 0; step /= 2) x = op(x, __shfl_xor_sync(~0u, x, step));
-    if constexpr (kTeam > 32) {
-      if (thread % 32 == 0) smem.scratch[thread / 32] = x;
-      sync();
-      x = smem.scratch[0];
-      for (int w = 1; w < kTeam / 32; ++w) x = op(x, smem.scratch[w]);
-      sync();
-    }
-    return x;
-  }
-};
-
-// Some parts of four channels of a row, on their way before their weights are known.
-struct Ahead {
-  static constexpr int kParts = 8;
-  float4 at[kParts];
-
-  // Parts first, first + step, ... below `end`; part s begins at base + s * stride.
-  __device__ void load(const float* base, std::int64_t stride, int first, int step, int end) {
+template <class Op>
+__device__ __forceinline__ float reduce_warp(float x, const Op& op) {
 #pragma unroll
-    for (int i = 0; i < kParts; ++i)
-      if (first + i * step < end)
-        at[i] = *reinterpret_cast<const float4*>(base + (first + i * step) * stride);
-  }
-};
-
-__device__ void add_weighted(float4& sum, const float4& part, float weight) {
-  if (weight == 0.f) return;  // an empty part holds anything
-  sum.x += part.x * weight;
-  sum.y += part.y * weight;
-  sum.z += part.z * weight;
-  sum.w += part.w * weight;
+  for (int step = 16; step > 0; step /= 2) x = op(x, __shfl_xor_sync(~0u, x, step));
+  return x;
 }
 
-// The parts are added in one order.
-template <class Element, int kTeam>
-__global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Params p) {
-  using T = Team<kTeam>;
-  __shared__ typename T::Smem shared[T::kTeams];
+// A warp joins 32 parts at a time: lane l has the state of the l-th, and groups of kVectors lanes
+// add every kGroups-th part, all of them on their way before their weights are known. Then the
+// groups are added, and the warps of a team. So the parts are added in one order.
+template <class Element, int kWarps>
+__global__ void __launch_bounds__(kThreads, 6) join(const __grid_constant__ Params p) {
+  constexpr int kGroups = 32 / kVectors, kTeams = kThreads / 32 / kWarps;
   const ForwardProblem& f = p.problem;
-  const int heads = static_cast<int>(f.q.heads());
-  const int thread = static_cast<int>(threadIdx.x) % kTeam;
-  typename T::Smem& smem = shared[threadIdx.x / kTeam];
-  const std::int64_t team = std::int64_t{blockIdx.x} * T::kTeams + threadIdx.x / kTeam;
-  const std::int64_t at_row = team < p.row_count ? team : p.row_count - 1;
-  const int row = static_cast<int>(at_row % p.rows_per_entry);
-  const int item = static_cast<int>(at_row / p.rows_per_entry);
-  const int head = item % heads;
-  const SequenceSlice at = slice_of(f, item / heads);
-  const std::int64_t rows = f.q.batch() * f.q.heads() * f.q.seqlen();
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int team = static_cast<int>(blockIdx.x) * kTeams + warp / kWarps;
+  const int line = team / p.slices, item = line / p.rows, entry = item / p.heads;
+  const int row = line - item * p.rows.value, head = item - entry * p.heads.value;
+  const int first = (team - line * p.slices.value) * kChannels + 4 * (lane % kVectors);
+  const SequenceSlice at = slice_of(f, team < p.teams ? entry : 0);
   const std::int64_t i = lse_index(f, at, head, row);
-
-  const float sink = f.sink == nullptr ? -kInfinity : f.sink[head] * static_cast<float>(kLog2e);
-  // Groups of threads add every groups-th part, four channels a thread; then the groups are added.
-  const float* parts = p.partial_out + i * p.width;
-  const std::int64_t stride = rows * p.width;
-  const int vectors = min_of(p.width / 4, kTeam), groups = kTeam / vectors;
-  const int group = thread / vectors, vector = thread % vectors;
-  const int end = group < groups ? p.splits : 0;
+  const SoftmaxState* states = p.states + i;
+  const float* parts = p.partial_out + i * p.width + first;
+  const std::int64_t stride = p.rows_of_part * p.width;
   ptx::wait_for_kernel_before();
-  if (team >= p.row_count || row >= at.q.length) return;  // the whole team
-  Ahead ahead;
-  ahead.load(parts + 4 * vector, stride, group, groups, end);
-  float max = sink;
-  for (int s = thread; s < p.splits; s += kTeam) max = fmaxf(max, p.states[s * rows + i].max);
-  max = T::reduce(smem, thread, max, [](float a, float b) { return fmaxf(a, b); });
-  float sum = 0.f;
-  for (int s = thread; s < p.splits; s += kTeam) {
-    const SoftmaxState part = p.states[s * rows + i];
-    const bool empty = part.max == -kInfinity && part.sum == 0.f;
-    smem.weights[s] = empty ? 0.f : ptx::exp2(part.max - max);
-    sum += empty ? 0.f : part.sum * smem.weights[s];
-  }
-  sum = T::reduce(smem, thread, sum, [](float a, float b) { return a + b; });
-  if (sink != -kInfinity) sum += ptx::exp2(sink - max);
-  if (f.lse != nullptr && thread == 0)
-    f.lse[i] = sum == 0.f ? -kInfinity : (max + log2f(sum)) * static_cast<float>(kLn2);
-  T::sync();  // the weights are there
+  if (team >= p.teams || row >= at.q.length) return;  // the whole team
 
-  Element* out = first_row<Element>(f.out, at.q, head) + row * f.out.seqlen_stride();
-  const int channels = static_cast<int>(f.out.head_dim());
-  for (int first = 0; first < p.width; first += 4 * vectors) {
-    const int width = min_of(p.width - first, 4 * vectors);
-    const float* base = parts + first + 4 * vector;
-    const int last = 4 * vector < width ? end : 0;
-    if (first > 0) ahead.load(base, stride, group, groups, last);
-    float4 x{0.f, 0.f, 0.f, 0.f};
+  Joined joined;
+  for (int begin = warp % kWarps * 32; begin < p.splits; begin += 32 * kWarps) {
+    SoftmaxState state;
+    if (begin + lane < p.splits) state = states[(begin + lane) * p.rows_of_part];
+    float4 ahead[32 / kGroups];
 #pragma unroll
-    for (int j = 0; j < Ahead::kParts; ++j)
-      if (group + j * groups < last) add_weighted(x, ahead.at[j], smem.weights[group + j * groups]);
-    for (int s = group + Ahead::kParts * groups; s < last; s += groups)
-      add_weighted(x, *reinterpret_cast<const float4*>(base + s * stride), smem.weights[s]);
-    T::sync();  // the sums before have been used
-    smem.sums[thread] = x;
-    T::sync();
-    for (int c = thread; c < width && first + c < channels; c += kTeam) {
-      float total = 0.f;
-      for (int g = 0; g < groups; ++g)
-        total += reinterpret_cast<const float*>(smem.sums)[4 * g * vectors + c];
-      total = sum == 0.f ? 0.f : total / sum;
-      out[first + c].bits = static_cast<std::uint16_t>(ptx::pack<Element>(total, 0.f));
+    for (int j = 0; j < 32 / kGroups; ++j) {
+      const int s = begin + lane / kVectors + j * kGroups;
+      if (s < p.splits) ahead[j] = *reinterpret_cast<const float4*>(parts + s * stride);
+    }
+    joined.raise(
+        reduce_warp(fmaxf(joined.max, state.max), [](float a, float b) { return fmaxf(a, b); }));
+    const float weight = weight_of(state, joined.max);
+    joined.sum += weight * state.sum;
+#pragma unroll
+    for (int j = 0; j < 32 / kGroups; ++j)
+      joined.add(ahead[j], __shfl_sync(~0u, weight, lane / kVectors + j * kGroups));
+  }
+  joined.sum = reduce_warp(joined.sum, [](float a, float b) { return a + b; });
+#pragma unroll
+  for (int step = kVectors; step < 32; step *= 2) {
+    const float4 x = joined.x;
+    joined.add({__shfl_xor_sync(~0u, x.x, step), __shfl_xor_sync(~0u, x.y, step),
+                __shfl_xor_sync(~0u, x.z, step), __shfl_xor_sync(~0u, x.w, step)},
+               1.f);
+  }
+  if constexpr (kWarps > 1) {
+    static_assert(kTeams == 1);
+    __shared__ Joined of_warps[kWarps][kVectors];
+    if (lane < kVectors) of_warps[warp][lane] = joined;
+    __syncthreads();
+    joined = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const Joined& other = of_warps[w][lane % kVectors];
+      joined.raise(fmaxf(joined.max, other.max));
+      joined.add({other.max, other.sum}, other.x);
     }
   }
+  if (warp % kWarps == 0 && lane < kVectors)
+    store_row<Element>(f, at, {row, head}, first, p.wide, joined);
 }
 
-template <int kTeam>
+template <int kWarps>
 Status join_by(const Params& params, cudaStream_t stream) {
-  constexpr int kTeams = Team<kTeam>::kTeams;
+  constexpr int kTeams = kThreads / 32 / kWarps;
   const LaunchShape shape{
-      .blocks = (params.row_count + kTeams - 1) / kTeams, .threads = kThreads, .overlap = true};
+      .blocks = (params.teams + kTeams - 1) / kTeams, .threads = kThreads, .overlap = true};
   if (params.problem.q.dtype == DType::bf16)
-    return launch<join<bf16, kTeam>>(shape, stream, params);
-  return launch<join<f16, kTeam>>(shape, stream, params);
+    return launch<join<bf16, kWarps>>(shape, stream, params);
+  return launch<join<f16, kWarps>>(shape, stream, params);
 }
 
 }  // namespace
 
 Status combine(const ForwardProblem& f, int splits, const float* partial_out, int width,
                const SoftmaxState* states, cudaStream_t stream) {
-  // Blocks of fewer rows than this leave a GPU half empty; a warp is slow at many parts.
-  constexpr std::int64_t kManyRows = 512;
-  constexpr int kFewSplits = 16;
-  const int rows = static_cast<int>(max_seqlen_q(f));
-  const Params params{
-      f, partial_out, states, splits, width, rows, rows * f.q.heads() * batch_entries(f)};
-  static_assert(kFewSplits <= Team<32>::kMostSplits);
-  if (params.row_count >= kManyRows && splits <= kFewSplits) return join_by<32>(params, stream);
-  return join_by<kThreads>(params, stream);
+  const int rows = static_cast<int>(max_seqlen_q(f)), heads = static_cast<int>(f.q.heads());
+  const int slices = width / kChannels;
+  // Their parts fit in memory, so int holds their number.
+  const auto teams = static_cast<int>(batch_entries(f) * heads * rows * slices);
+  if (teams == 0) return {};
+  const Params params{.problem = f,
+                      .partial_out = partial_out,
+                      .states = states,
+                      .splits = splits,
+                      .width = width,
+                      .wide = is_wide(f.out),
+                      .rows_of_part = f.q.batch() * f.q.heads() * f.q.seqlen(),
+                      .slices = Divisor(slices),
+                      .rows = Divisor(rows),
+                      .heads = Divisor(heads),
+                      .teams = teams};
+  constexpr int kFewSplits = 32;  // that a warp joins at once
+  return splits <= kFewSplits ? join_by<1>(params, stream) : join_by<4>(params, stream);
 }
 
 }  // namespace heed::cuda

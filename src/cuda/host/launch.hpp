@@ -24,6 +24,7 @@ struct LaunchShape {
   int smem_bytes = 0;
   // The kernel begins while the one before ends, and waits for it by ptx::wait_for_kernel_before().
   bool overlap = false;
+  int cluster = 1;  // blocks that run together (ptx/cluster.cuh)
 };
 
 // More shared memory than a kernel gets unasked must be allowed once per kernel and device.
@@ -46,11 +47,11 @@ Status allow_shared_memory(int bytes) {
   return {};
 }
 
-// Code for sm_90 and later waits for the kernel before; what the driver compiles from the PTX of
-// compute_80 does not, whatever the GPU.
+// Whether the kernel's code is for sm_90 or later: it waits for the kernel before, and its blocks
+// know clusters. What the driver compiles from the PTX of compute_80 does not, whatever the GPU.
 template <auto kKernel>
-bool waits_for_kernel_before() {
-  static std::atomic<std::uint64_t> asked{0}, waits{0};  // a bit per device
+bool is_sm90_code() {
+  static std::atomic<std::uint64_t> asked{0}, is{0};  // a bit per device
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
   const std::uint64_t bit = std::uint64_t{1} << device;
@@ -58,10 +59,10 @@ bool waits_for_kernel_before() {
     cudaFuncAttributes attributes{};
     if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)) == cudaSuccess &&
         attributes.ptxVersion >= 90)
-      waits.fetch_or(bit, std::memory_order_relaxed);
+      is.fetch_or(bit, std::memory_order_relaxed);
     asked.fetch_or(bit, std::memory_order_release);
   }
-  return (waits.load(std::memory_order_relaxed) & bit) != 0;
+  return (is.load(std::memory_order_relaxed) & bit) != 0;
 }
 
 // No blocks is no error: there is nothing to do.
@@ -78,11 +79,19 @@ Status launch(const LaunchShape& shape, cudaStream_t stream, const Params&... pa
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shape.smem_bytes);
   config.stream = stream;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = shape.overlap && waits_for_kernel_before<kKernel>() ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (shape.overlap && is_sm90_code<kKernel>()) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
   return cuda_status(cudaLaunchKernelEx(&config, kKernel, params...), "launch");
 }
 

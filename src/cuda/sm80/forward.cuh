@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/divisor.hpp"
 #include "core/mask.hpp"
 #include "core/schedule.hpp"
 #include "core/softmax_state.hpp"
@@ -55,7 +56,6 @@ struct ForwardConfig {
     std::uint32_t present[kPresent]
                          [tile.tile_n / 32];  // which keys of tile n are there, at n % kPresent
     int extremes[4];                          // min first, max end, max first, min end
-    SoftmaxState states[tile.key_warps > 1 ? tile.warps : 1][kRowsPerWarp];  // of every warp
   };
   static_assert(kRowsPerWarp % 16 == 0 && tile.tile_n % 32 == 0 && kKeysPerWarp % 16 == 0);
 
@@ -71,10 +71,11 @@ struct ForwardParams {
   bool negative;                          // scores are -scale q k
   int m_tiles;                            // per entry
   ItemOrder order;                        // items are heads of all entries
-  int group;                              // query heads of one key head
+  Divisor group;                          // query heads of one key head
   bool q_wide, k_wide, v_wide, out_wide;  // rows may be copied 16 bytes at a time
   // Packed rows only: keys are split, and each part leaves sums relative to its own maximum.
-  int splits;
+  Divisor heads_k, packed_tiles, splits;  // packed_tiles: of rows
+  bool in_pairs;                          // the two parts are blocks of a cluster
   cuda::Parts parts;
 };
 
@@ -166,7 +167,7 @@ __device__ __forceinline__ void find_limits(const ForwardParams& p, typename C::
                            ceil_div(keys.interior_begin, kTileN),
                            C::Score::kLocal ? keys.interior_end / kTileN : 0});
   if constexpr (C::tile.packed) {
-    const int per_split = ceil_div(work.tiles.end - work.tiles.begin, p.splits);
+    const int per_split = (work.tiles.end - work.tiles.begin + p.splits.value - 1) / p.splits;
     const int begin = work.tiles.begin + work.split * per_split;
     work.tiles.end = min_of(begin + per_split, work.tiles.end);
     work.tiles.begin = begin;
@@ -264,21 +265,6 @@ __device__ __forceinline__ void store_out(const ForwardParams& p, typename C::Sm
   tile::store_rows(smem.q, warp_row, warp_row + C::kRowsPerWarp, p.out_wide,
                    static_cast<int>(f.v.head_dim()),
                    [&](int r) { return query_row<C>(p, work, out, f.out, work.row0 + r); });
-}
-
-// The epilogue of a part of the keys.
-template <class C>
-__device__ __forceinline__ void store_part(const ForwardParams& p, const ForwardWork& work,
-                                           const typename C::Out& acc_o,
-                                           const tile::RowSoftmax<C::kM>& softmax) {
-  const ForwardProblem& f = p.problem;
-  const std::int64_t part = work.split * f.q.batch() * f.q.heads() * f.q.seqlen();
-  cuda::store_part(p.parts, acc_o, softmax, [&](int slot) {
-    const int row = work.row0 + C::warp_row() + tile::slot_row(slot);
-    if (row >= work.rows) return std::int64_t{-1};
-    const cuda::Place at = place_of<C>(p, work, row);
-    return part + lse_index(f, work.at, at.head, at.row);
-  });
 }
 
 // What a warp keeps from tile to tile, and what it needs to know of its keys.
@@ -442,12 +428,11 @@ ForwardParams forward_params(const ForwardProblem& f) {
   p.negative = scale.negative;
   p.m_tiles = static_cast<int>((max_seqlen_q(f) + C::tile.tile_m - 1) / C::tile.tile_m);
   p.order = ItemOrder(static_cast<int>(f.q.heads() * batch_entries(f)), items_in_l2(f), p.m_tiles);
-  p.group = f.k.heads() == 0 ? 1 : static_cast<int>(f.q.heads() / f.k.heads());
+  p.group = Divisor(f.k.heads() == 0 ? 1 : static_cast<int>(f.q.heads() / f.k.heads()));
   p.q_wide = is_wide(f.q);
   p.k_wide = is_wide(f.k);
   p.v_wide = is_wide(f.v);
   p.out_wide = is_wide(f.out);
-  p.splits = 1;
   return p;
 }
 

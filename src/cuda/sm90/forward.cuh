@@ -76,7 +76,7 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = tile.consumers == 3   ? 160
                                             : tile.head_dim > 192 ? 240
                                                                   : 232;
-  static constexpr int kSoon = 2;  // tiles of keys, before whose copies the next item is taken
+  static constexpr int kSoon = 3;  // tiles of keys, before whose copies the next item is taken
 
   using Work = ForwardWork<tile.consumers>;
   using QueryTile = tile::PanelTile<Element, 64 * tile.q_slots, tile.head_dim>;
