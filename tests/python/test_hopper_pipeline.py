@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 
 Step = Iterator[None]
-SOON = 3
+SOON = 3  # tiles of keys that are left to copy when the next item may be taken
 
 
 class Barrier:

@@ -49,7 +49,7 @@ inline Parts carve_parts(WorkspaceLayout& layout, const ForwardProblem& problem,
 
 // partial_out: [splits, batch, heads_q, seqlen_q, width] fp32 (packed: without the batch), sums
 // relative to the maximum of the part's state; states: the same without the width. An empty state's
-// sums may be anything. At most 1024 splits.
+// sums may be anything.
 Status combine(const ForwardProblem& problem, int splits, const float* partial_out, int width,
                const SoftmaxState* states, cudaStream_t stream);
 

@@ -16,34 +16,29 @@ __device__ __forceinline__ float reduce_quad(float x, const Op& op) {
   return op(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Hides the columns (keys col0 + col) outside their slot's limits. Few tiles have both ends of their
-// rows' keys. (A bit per column and the instruction that makes predicates of bits are shorter here,
-// but take all predicates, of which the loop around needs some.)
+// Hides the columns (keys col0 + col) outside their slot's limits. Few tiles have both ends of
+// their rows' keys. (A bit per column and the instruction that makes predicates of bits are shorter
+// here, but take all predicates, of which the loop around needs some.)
 template <int kM, int kN>
 __device__ __forceinline__ void mask_slots(Accumulator<kM, kN>& acc,
                                            const RowLimits (&limits)[2 * kM], int col0) {
-  int first[2 * kM], end[2 * kM];  // from the lane's first column on, so that columns are constants
+  const int lane_col = pair_col(0);  // columns from there on are constants
+  int first[2 * kM], end[2 * kM];
   bool begins = false, ends = false;
 #pragma unroll
   for (int slot = 0; slot < 2 * kM; ++slot) {
-    first[slot] = limits[slot].first - col0 - pair_col(0);
-    end[slot] = limits[slot].end - col0 - pair_col(0);
+    first[slot] = limits[slot].first - col0 - lane_col;
+    end[slot] = limits[slot].end - col0 - lane_col;
     begins = begins || limits[slot].first > col0;
     ends = ends || limits[slot].end < col0 + 8 * kN;
   }
-  const auto keep = [&](const auto& sees) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& x = acc.at[m][n][i];
-          x = sees(2 * m + i / 2, 8 * n + i % 2) ? x : -kInfinity;
-        }
-  };
-  if (__any_sync(~0u, ends)) keep([&](int slot, int col) { return col < end[slot]; });
-  if (__any_sync(~0u, begins)) keep([&](int slot, int col) { return col >= first[slot]; });
+  if (__any_sync(~0u, ends))
+    for_each(acc,
+             [&](int slot, int col, float& x) { x = col - lane_col < end[slot] ? x : -kInfinity; });
+  if (__any_sync(~0u, begins))
+    for_each(acc, [&](int slot, int col, float& x) {
+      x = col - lane_col >= first[slot] ? x : -kInfinity;
+    });
 }
 // The same with `limits` in memory, from those of the warp's first row on.
 template <int kM, int kN>
