@@ -264,12 +264,15 @@ def gpu_kernel_table(data: dict, part: str) -> str:
     others = [p for p in peers if p != "heed"]
     head = ["work", "shape", *(f"{PEERS[p]} {'/'.join(sorted(unit))}" for p in peers)]
     head += ["ms", *(f"over {PEERS[p]}" for p in others)]
+    by_tile = all("over_dense" in c for c in cells)
+    head += ["per FLOP of its tiles, over dense causal"] if by_tile else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for c in cells:
         ms, rate = c["ms"], c["rate"]
         row = [c["work"], c["shape"], *(f"{rate[p]:.3g}" if p in rate else "-" for p in peers)]
         row += [f"{ms['heed']:.3g}"]
         row += [f"**{ms[p] / ms['heed']:.2f}x**" if p in ms else "-" for p in others]
+        row += [f"{c['over_dense']:.3f}"] if by_tile else []
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, "", gpu_caption(data["passes"][part]["machine"])])
 

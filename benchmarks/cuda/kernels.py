@@ -201,8 +201,25 @@ def decode() -> list[dict]:
     return cells
 
 
+def visited(first: Tensor, end: Tensor) -> float:
+    """Pairs of a row and a key in tiles of 128 x 128 of which a row sees something: rows see the
+    keys [first, end)."""
+    rows = first.numel()
+    tiles = torch.arange(rows, device=first.device) // 128
+    count = (rows + 127) // 128
+    least = torch.full((count,), rows, device=first.device).scatter_reduce(
+        0, tiles, first.long(), "amin"
+    )
+    most = torch.zeros(count, device=first.device, dtype=torch.long).scatter_reduce(
+        0, tiles, end.long(), "amax"
+    )
+    return 128.0 * 128 * float(((most + 127) // 128 - least // 128).sum())
+
+
+@torch.no_grad()
 def masks() -> list[dict]:
-    """What is not a square of dense tensors, per FLOP beside the dense causal case of that size."""
+    """What is not a square of dense tensors, in turns with the dense causal case of that size; its
+    rate per FLOP of the tiles that must be visited, over that one's."""
     cells = []
     for d in (64, 128):
         batch, n, heads = 2, 8192, HIDDEN // d
@@ -217,25 +234,51 @@ def masks() -> list[dict]:
         share = float((lengths.double() ** 2).sum() / n**2)
         window = square * (2 * 1024 / n - (1024 / n) ** 2)
         few, fewer = ((t[:, :, : heads // g].contiguous() for t in (k, v)) for g in (4, 8))
+        pair = 4.0 * batch * heads * d
+        dense_tiles = pair * visited(0 * rows, rows + 1)
+        alone = [rows[:length] for length in lengths.tolist()]
         cases = {
-            "causal": ((q, k, v), {"causal": True}, square),
-            "causal by intervals": ((q, k, v), {"intervals": triangle}, square),
-            "window 1024": ((q, k, v), {"causal": True, "left": 1023}, window),
-            "GQA 4:1": ((q, *few), {"causal": True}, square),
-            "GQA 8:1": ((q, *fewer), {"causal": True}, square),
-            "5 documents by intervals": ((q, k, v), {"intervals": documents}, square * share),
+            "causal": ((q, k, v), {"causal": True}, square, dense_tiles),
+            "causal by intervals": ((q, k, v), {"intervals": triangle}, square, dense_tiles),
+            "window 1024": (
+                (q, k, v),
+                {"causal": True, "left": 1023},
+                window,
+                pair * visited((rows - 1023).clamp(min=0), rows + 1),
+            ),
+            "GQA 4:1": ((q, *few), {"causal": True}, square, dense_tiles),
+            "GQA 8:1": ((q, *fewer), {"causal": True}, square, dense_tiles),
+            "5 documents by intervals": (
+                (q, k, v),
+                {"intervals": documents},
+                square * share,
+                pair * visited(first, rows + 1),
+            ),
         }
         packed = tuple(t[0].contiguous() for t in (q, k, v))
         lists = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 3000}
-        cases["5 documents packed"] = (packed, {"causal": True, **lists}, square * share / 2)
-        for name, (tensors, options, flops) in cases.items():
-            grad = dout[0].contiguous() if tensors[0].dim() == 3 else dout
-            calls = {"heed": forward_call(*tensors, **options)}
-            with torch.no_grad():
-                ms = medians(calls, rounds=5)
-            cells.append(cell("forward", f"d{d} {batch}x{n} {name}", flops, "TFLOPS", ms))
-            ms = medians({"heed": backward_call(*tensors, grad, **options)}, rounds=5)
-            cells.append(cell("backward", f"d{d} {batch}x{n} {name}", 2.5 * flops, "TFLOPS", ms))
+        cases["5 documents packed"] = (
+            packed,
+            {"causal": True, **lists},
+            square * share / 2,
+            pair / 2 * sum(visited(0 * r, r + 1) for r in alone),
+        )
+        for which, factor in (("forward", 1.0), ("backward", 2.5)):
+            calls = {}
+            for name, (tensors, options, *_) in cases.items():
+                grad = dout[0].contiguous() if tensors[0].dim() == 3 else dout
+                if which == "forward":
+                    calls[name] = forward_call(*tensors, **options)
+                else:
+                    with torch.enable_grad():
+                        calls[name] = backward_call(*tensors, grad, **options)
+            ms = medians(calls)
+            for name, (_, _, flops, tiles) in cases.items():
+                shape = f"d{d} {batch}x{n} {name}"
+                result = cell(which, shape, factor * flops, "TFLOPS", {"heed": ms[name]})
+                result["over_dense"] = tiles / ms[name] / (dense_tiles / ms["causal"])
+                print(f"{'':16} per FLOP of its tiles {result['over_dense']:.3f}x dense causal")
+                cells.append(result)
     return cells
 
 

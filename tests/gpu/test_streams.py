@@ -67,6 +67,25 @@ def test_two_streams_at_once(name: str) -> None:
         assert_same(got, want[index])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.usefixtures("deterministic")
+def test_ordered_sums_on_many_streams(head_dim: int) -> None:
+    """Blocks wait for each other; of kernels that share a GPU only some blocks run at a time."""
+    case = dense(2, 4096, 4096, (8, 8), head_dim, causal=True)
+    gradients = upstream(case)
+    want = forward_and_backward(case, gradients)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(forward_and_backward(case, gradients))
+    torch.cuda.synchronize()
+    for got in results:
+        assert_same(got, want, bits=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits(name: str) -> None:
     """Neither PyTorch nor heed: the stream is still busy when the results are there."""

@@ -269,6 +269,7 @@ __device__ __forceinline__ void schedule(const ForwardParams& p, typename C::Sme
     if (tile::lane() == 0) work.last = last;
     __syncwarp();
     if (tile::lane() == 0) smem.work_full[at.stage].arrive();
+    __syncwarp();
     if (last) return;
     counts = p.counter != nullptr;
     // Items that are dealt out are found so early that their Q would only take room in L2.
@@ -324,6 +325,7 @@ __device__ __forceinline__ void load(const ForwardParams& p, typename C::Smem& s
     const int soon = min_of(n, work.begin + C::kSoon);
     const auto announce = [&] {
       if (n == soon && tile::lane() == 0) smem.work_soon[item.stage].arrive();
+      __syncwarp();
     };
     announce();
     const auto load_k = [&] {
@@ -568,8 +570,8 @@ struct Consumer {
     for (;;) {
 #pragma unroll 1
       for (; n > tiles.begin; --n) {
-        clear_missing(smem.work[item.stage], n);
         begin_scores(acc_s);
+        clear_missing(smem.work[item.stage], n);
         begin_out(acc_o, weights);
         pass_turn();
         tile::wait_matmul<1>(acc_s);
