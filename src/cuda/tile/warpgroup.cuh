@@ -129,9 +129,8 @@ __device__ __forceinline__ void store_matrices(Tile& tile, int row, const Operan
 }
 // The same, rounded to the tile's elements.
 template <class Tile, int kN>
-__device__ __forceinline__ void store_matrices(Tile& tile, int row, const Accumulator<1, kN>& acc,
-                                               int from = 0) {
-  store_matrices(tile, row, to_operand<typename Tile::Element>(acc), from);
+__device__ __forceinline__ void store_matrices(Tile& tile, int row, const Accumulator<1, kN>& acc) {
+  store_matrices(tile, row, to_operand<typename Tile::Element>(acc));
 }
 
 }  // namespace heed::tile
