@@ -17,9 +17,21 @@ class Decode : public testing::TestWithParam<Shape> {};
 
 std::string test_name(const testing::TestParamInfo<Shape>& info) { return info.param.name; }
 
+// On a GPU that seems to have two multiprocessors a block computes many items, one after another.
+void check_few_blocks(const Shape& shape) {
+  if (!Device::cuda().ok()) return;
+  CheckOptions few;
+  few.dtypes = {DType::bf16};
+  few.compare_naive = false;
+  few.gpu_only = true;
+  few.run.multiprocessors = 2;
+  check_shape(shape, 2, few);
+}
+
 TEST_P(Curated, EveryKernelMatchesTheOracle) {
   const Shape& shape = GetParam();
   const int ran = check_shape(shape, 1);
+  check_few_blocks(shape);
   const bool wide = std::max(shape.head_dim, shape.dim_v()) > 256;  // CPU kernels only
   if (!wide || std::getenv("HEED_TEST_ROWS") == nullptr) {
     EXPECT_GT(ran, 0);
@@ -46,6 +58,7 @@ TEST_P(Larger, EveryGpuKernelMatchesTheOracle) {
   options.compare_naive = false;
   options.gpu_only = true;
   EXPECT_GT(check_shape(GetParam(), 1, options), 0);
+  check_few_blocks(GetParam());
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, Larger, testing::ValuesIn(larger_shapes()), test_name);
 

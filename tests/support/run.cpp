@@ -26,10 +26,12 @@ Device machine(int units) {
 }
 
 // The device that runs the row; without a GPU an invented one, so that planning can be tested.
-Device machine_of(const KernelRow& row, int units) {
-  if (!is_gpu(row)) return machine(units);
+Device machine_of(const KernelRow& row, const RunOptions& options) {
+  if (!is_gpu(row)) return machine(options.workers);
   const Result<Device> gpu = Device::cuda();
-  return gpu.ok() ? *gpu : Device{.arch = row.arch, .units = 132};
+  Device device = gpu.ok() ? *gpu : Device{.arch = row.arch, .units = 132};
+  if (options.multiprocessors > 0) device.units = options.multiprocessors;
+  return device;
 }
 
 // Poisons the workspace, runs, and looks at every guard.
@@ -70,7 +72,7 @@ Result<Plan> plan_row(const KernelRow& row, AnyProblem problem, const RunOptions
   }
   const std::string name = name_of(row);
   Result<Plan> made = plan(
-      problem, machine_of(row, options.workers),
+      problem, machine_of(row, options),
       {.splits = options.splits, .deterministic = options.deterministic, .force = name.c_str()});
   if (made.ok() && made->row != &row)
     return Status(Code::device,

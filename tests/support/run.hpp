@@ -26,6 +26,7 @@ struct RunOptions {
   int workers = 1;
   int splits = 0;
   bool deterministic = true;
+  int multiprocessors = 0;  // that a GPU's kernels may use; 0: all
 };
 
 // Status of plan() or run(); damage outside the outputs is reported as Code::device.
