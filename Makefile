@@ -52,7 +52,7 @@ test: test-cpp test-python  ## build everything, CUDA kernels too, and run what 
 	$(call record,$(VENV),newest,make test,cpp.xml python.xml)
 
 test-cpp: build-ci  ## the C++ part of the tests
-	$(PATHS) ctest --preset ci $(call ctest_report,cpp.xml)
+	$(PATHS) ctest --preset ci -j $$(nproc) $(call ctest_report,cpp.xml)
 
 test-python: $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## the Python part of the tests
 	scripts/setup_headers.sh $(VENV)/bin/python
