@@ -335,100 +335,186 @@ class Meeting:
 
 
 class Backward:
-    """One block; `ragged` says of every step whether rows of its tile are cleared by consumers."""
+    """One CTA; of every item whether rows of its steps' tiles are cleared by consumers."""
 
-    def __init__(self, ragged: list[bool], stages: int, ahead: bool, by_keys: bool) -> None:
-        self.ragged, self.stages, self.ahead, self.by_keys = ragged, stages, ahead, by_keys
+    SOON = 4
+
+    def __init__(self, items: list[list[bool]], ahead: bool, by_keys: bool, together: bool) -> None:
+        self.items, self.ahead, self.by_keys, self.together = items, ahead, by_keys, together
         for name, count in (("q_full", 1), ("q_empty", 2), ("dout_full", 1), ("dout_empty", 2)):
-            setattr(self, name, [Barrier(count) for _ in range(stages)])
-        self.visits, self.q, self.dout = ([None] * stages for _ in range(3))
-        self.weights, self.ds = ([[None, None] for _ in range(stages)] for _ in range(2))
-        self.written, self.cleared = Meeting(), Meeting()
-        self.done: list[list[int]] = [[], []]
+            setattr(self, name, [Barrier(count) for _ in range(2)])
+        for name, count in (("item_full", 1), ("item_soon", 1), ("item_empty", 3)):
+            setattr(self, name, [Barrier(count) for _ in range(2)])
+        self.keys_full, self.keys_empty = Barrier(1), Barrier(1)
+        self.item, self.visits, self.q, self.dout = ([None] * 2 for _ in range(4))
+        self.keys = None
+        self.weights, self.ds = ([[None, None] for _ in range(2)] for _ in range(2))
+        self.joined, self.cleared = Meeting(), Meeting()
+        self.leaving = 0  # copies of dk and dv that still read shared memory, where dS stands
+        self.done: list[list[list[int]]] = [[], []]
+        self.left: list[tuple[str, int]] = []
 
-    def load(self) -> Step:
-        at = Ring(self.stages)
-        for step in range(len(self.ragged) + 1):
-            yield from self.q_empty[at.stage].wait(at.phase ^ 1)
-            last = step == len(self.ragged)
-            self.visits[at.stage] = None if last else step
-            self.q[at.stage] = None if last else (step, not self.ragged[step])
+    def schedule(self) -> Step:
+        at, keys = Ring(2), Ring(1)
+
+        def bring_keys(number: int) -> Step:
+            yield from self.keys_empty.wait(keys.phase ^ 1)
+            keys.advance()
+            self.keys = "on their way"
             yield
-            self.q_full[at.stage].arrive()
+            self.keys = number
+            self.keys_full.arrive()
+
+        for number in range(len(self.items) + 1):
+            last = number == len(self.items)
+            yield from self.item_empty[at.stage].wait(at.phase ^ 1)
+            if number == 0 and not last:
+                yield from bring_keys(number)
+            self.item[at.stage] = None if last else number
+            self.item_full[at.stage].arrive()
+            yield
             if last:
                 return
-            yield from self.dout_empty[at.stage].wait(at.phase ^ 1)
-            self.dout[at.stage] = (step, not self.ragged[step])
-            yield
-            self.dout_full[at.stage].arrive()
+            if number > 0:
+                yield from bring_keys(number)
+            yield from self.item_soon[at.stage].wait(at.phase)
             at.advance()
 
+    def load(self) -> Step:
+        item, at = Ring(2), Ring(2)
+        while True:
+            yield from self.item_full[item.stage].wait(item.phase)
+            number = self.item[item.stage]
+            if number is None:
+                return
+            ragged, told = self.items[number], False
+            for step in range(len(ragged)):
+                if not told and step + self.SOON >= len(ragged):
+                    self.item_soon[item.stage].arrive()
+                    told = True
+                yield from self.q_empty[at.stage].wait(at.phase ^ 1)
+                self.q[at.stage] = (number, step, not ragged[step])
+                self.visits[at.stage] = (number, step)
+                yield
+                self.q_full[at.stage].arrive()
+                yield from self.dout_empty[at.stage].wait(at.phase ^ 1)
+                self.dout[at.stage] = (number, step, not ragged[step])
+                yield
+                self.dout_full[at.stage].arrive()
+                at.advance()
+            if not told:
+                self.item_soon[item.stage].arrive()
+            self.item_empty[item.stage].arrive()
+            item.advance()
+
     def consume(self, index: int) -> Step:
-        at = Ring(self.stages)
+        item, keys, at = Ring(2), Ring(1), Ring(2)
+
+        def clear_missing(at: Ring) -> Step:
+            number, step = self.visits[at.stage]
+            if self.items[number][step]:
+                yield from self.dout_full[at.stage].wait(at.phase)
+                (self.q, self.dout)[index][at.stage] = (number, step, True)
+                yield from self.cleared.sync(index)
 
         def begin_scores(at: Ring) -> Step:
-            """S of the stage's step, if there is one."""
-            step = self.visits[at.stage]
-            if step is None:
-                return
-            if self.ragged[step]:
-                yield from self.dout_full[at.stage].wait(at.phase)
-                (self.q, self.dout)[index][at.stage] = (step, True)
-                yield from self.cleared.sync(index)
-            assert self.q[at.stage] == (step, True)
-
-        yield
-        if self.ahead:
             yield from self.q_full[at.stage].wait(at.phase)
-            yield from begin_scores(at)
-        while True:
-            if not self.ahead:
-                yield from self.q_full[at.stage].wait(at.phase)
-            step = self.visits[at.stage]
-            if step is None:
-                return
+            assert self.q[at.stage][:2] == self.visits[at.stage]
+            yield from clear_missing(at)
+
+        def visit(number: int, step: int, last: bool) -> Step:
+            there, now = (number, step, True), (number, step)
             if not self.ahead:
                 yield from begin_scores(at)
+            assert self.visits[at.stage] == now
             yield from self.dout_full[at.stage].wait(at.phase)
-            assert self.dout[at.stage] == (step, True)
+            assert self.dout[at.stage] == there
+            assert self.keys == number
             yield
+            assert not self.leaving
             if not self.by_keys:
-                self.weights[at.stage][index] = step
-                yield from self.written.sync(index)
-            self.ds[at.stage][index] = step
-            yield from self.written.sync(index)
+                self.weights[at.stage][index] = now
+                yield from self.joined.sync(index)
+            self.ds[at.stage][index] = now
+            yield from self.joined.sync(index)
+            assert self.ds[at.stage] == [now, now]
+            yield
             if self.by_keys:
                 self.dout_empty[at.stage].arrive()
-            assert self.ds[at.stage] == [step, step]
-            yield
-            if self.ahead:
+            if self.ahead and not last:
                 after = at.copy()
                 after.advance()
-                yield from self.q_full[after.stage].wait(after.phase)
                 yield from begin_scores(after)
             # dV and dQ are complete here at the latest, and then dK.
             if not self.by_keys:
-                assert self.weights[at.stage] == [step, step]
-                assert self.dout[at.stage] == (step, True)
+                assert self.weights[at.stage] == [now, now]
+                assert self.dout[at.stage] == there
                 self.dout_empty[at.stage].arrive()
                 yield
-            assert self.ds[at.stage] == [step, step]
-            assert self.q[at.stage] == (step, True)
-            self.done[index].append(step)
+            assert self.ds[at.stage] == [now, now]
+            assert self.q[at.stage] == there
             self.q_empty[at.stage].arrive()
             at.advance()
             yield
 
+        def store(number: int) -> Step:
+            for tiles in [["dv", "dk"]] if self.together else [["dv"], ["dk"]]:
+                if tiles == ["dk"]:
+                    if index == 0:
+                        self.leaving = 0
+                    yield from self.joined.sync(index)
+                assert not self.leaving
+                for stage in range(2):
+                    self.ds[stage][index] = self.weights[stage][index] = (number, tiles)
+                yield from self.joined.sync(index)
+                if index == 0:
+                    assert self.ds[0] == [(number, tiles)] * 2
+                    self.left += [(tile, number) for tile in tiles]
+                    self.leaving += len(tiles)
+                yield
+
+        while True:
+            if index == 0:
+                self.leaving = 0
+            yield from self.joined.sync(index)
+            yield from self.item_full[item.stage].wait(item.phase)
+            number = self.item[item.stage]
+            if number is None:
+                return
+            yield from self.keys_full.wait(keys.phase)
+            steps = len(self.items[number])
+            if self.ahead and steps > 0:
+                yield from begin_scores(at)
+            for step in range(steps):
+                yield from visit(number, step, step == steps - 1)
+            self.done[index].append(list(range(steps)))
+            assert self.keys == number
+            yield from self.joined.sync(index)
+            if index == 0:
+                self.keys_empty.arrive()
+            yield from store(number)
+            assert self.item[item.stage] == number
+            self.item_empty[item.stage].arrive()
+            item.advance()
+            keys.advance()
+
     def run(self, order: random.Random) -> None:
-        run_all([self.load(), self.consume(0), self.consume(1)], order, self.ragged)
+        warps = [self.schedule(), self.load(), self.consume(0), self.consume(1)]
+        run_all(warps, order, self.items)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize(("by_keys", "ahead"), [(True, False), (True, True), (False, True)])
-def test_nobody_waits_for_ever_in_the_backward(stages: int, by_keys: bool, ahead: bool) -> None:
+@pytest.mark.parametrize(
+    ("by_keys", "ahead", "together"),
+    [(True, True, True), (True, False, False), (False, True, False)],
+)
+def test_nobody_waits_for_ever_in_the_backward(by_keys: bool, ahead: bool, together: bool) -> None:
     for seed in range(200):
         draw = random.Random(seed)
-        ragged = [draw.random() < 0.2 for _ in range(draw.randint(0, 12))]
-        kernel = Backward(ragged, stages, ahead, by_keys)
+        items = [
+            [draw.random() < 0.2 for _ in range(draw.randint(0, 7))]
+            for _ in range(draw.randint(0, 6))
+        ]
+        kernel = Backward(items, ahead, by_keys, together)
         kernel.run(draw)
-        assert kernel.done == [list(range(len(ragged)))] * 2
+        assert kernel.done == [[list(range(len(item))) for item in items]] * 2
+        assert kernel.left == [(x, i) for i in range(len(items)) for x in ("dv", "dk")]

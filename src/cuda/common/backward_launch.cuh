@@ -56,6 +56,7 @@ struct BackwardMemory {
   TileLimits* limits;
   float* dq;
   int* turns;
+  int* counter;
   BackwardBounds* bounds;
   float* dbias;  // full_dbias_shape(); nullptr: every element of the caller's has one writer
 };
@@ -82,6 +83,7 @@ BackwardMemory carve(WorkspaceLayout& layout, const Plan& plan, const BackwardPr
   m.limits = layout.add<TileLimits>(tiles);
   m.dq = layout.add<float>(tiles * f.q.heads() * C::kQueryFloats);
   m.turns = layout.add<int>(plan.deterministic ? tiles * f.q.heads() * C::kWriters : 0);
+  m.counter = layout.add<int>(1);
   m.bounds = layout.add<BackwardBounds>(1);
   const std::int64_t dbias = full_dbias_count(plan, b);
   m.dbias = dbias > 0 ? layout.add<float>(dbias) : nullptr;
@@ -138,6 +140,7 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
                               .dq = memory.dq,
                               .bounds = memory.bounds,
                               .turns = plan.deterministic ? memory.turns : nullptr,
+                              .counter = memory.counter,
                               .q_wide = is_wide(f.q),
                               .k_wide = is_wide(f.k),
                               .v_wide = is_wide(f.v),
@@ -145,9 +148,9 @@ Status launch_backward(const Plan& plan, const BackwardProblem& b, Workspace wor
                               .dq_wide = is_wide(b.dq),
                               .dk_wide = is_wide(b.dk),
                               .dv_wide = is_wide(b.dv)};
-  if (Status s =
-          find_backward_rows(b, tiles, memory.rows, memory.limits, memory.bounds,
-                             {memory.dq, C::kQueryFloats, params.turns, C::kWriters}, queue.stream);
+  if (Status s = find_backward_rows(
+          b, tiles, memory.rows, memory.limits, memory.bounds,
+          {memory.dq, C::kQueryFloats, params.turns, C::kWriters, memory.counter}, queue.stream);
       !s.ok())
     return s;
   if (Status s = sum_dsink(b, memory.rows, queue.stream); !s.ok()) return s;

@@ -77,6 +77,7 @@ __device__ void find_tile_limits(const Params& p, const SequenceSlice& at, int m
 template <class Element>
 __global__ void __launch_bounds__(kThreads) find_rows(const __grid_constant__ Params p) {
   ptx::launch_dependents();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.sums.counter = 0;
   const ForwardProblem& f = p.problem.forward;
   const int heads = static_cast<int>(f.q.heads());
   const int item = static_cast<int>(blockIdx.x / p.tiles.per_entry);
@@ -185,6 +186,10 @@ Status find_backward_rows(const BackwardProblem& b, const QueryTiles& tiles, Bac
                           TileLimits* limits, BackwardBounds* bounds, const QuerySums& sums,
                           cudaStream_t stream) {
   const std::int64_t blocks = tiles.per_entry * b.forward.q.heads() * batch_entries(b.forward);
+  if (blocks == 0) {
+    const auto error = cudaMemsetAsync(sums.counter, 0, sizeof(int), stream);
+    if (Status s = cuda_status(error, "memset"); !s.ok()) return s;
+  }
   const LaunchShape shape{.blocks = blocks, .threads = kThreads};
   const Params params{
       b, tiles, rows, limits, bounds, sums, is_wide(b.forward.out) && is_wide(b.dout)};

@@ -36,6 +36,7 @@ struct QuerySums {
   int floats;  // of a tile, a multiple of 4
   int* turns;  // [count_of, heads_q, writers] or nullptr
   int writers;
+  int* counter;  // one
 };
 
 // Tiles of tile_m query rows, numbered through all entries; some numbers may stay unused.
@@ -45,7 +46,9 @@ struct QueryTiles {
   bool packed;
 
   constexpr std::int64_t index(const SequenceSlice& at, int m_tile) const {
-    return (packed ? at.q.token / tile_m + at.entry : std::int64_t{at.entry} * per_entry) + m_tile;
+    return (packed ? static_cast<int>(at.q.token) / tile_m + at.entry
+                   : std::int64_t{at.entry} * per_entry) +
+           m_tile;
   }
 };
 constexpr QueryTiles query_tiles(const ForwardProblem& p, int tile_m) {

@@ -22,7 +22,8 @@ struct BackwardParams {
   const TileLimits* limits;      // [query tiles]
   float* dq;                     // [query tiles, heads_q, kQueryFloats] in register order
   const BackwardBounds* bounds;  // f16 only
-  int* turns;  // [query tiles, heads_q, kWriters] key tiles that were added; nullptr: any order
+  int* turns;    // [query tiles, heads_q, kWriters] key tiles that were added; nullptr: any order
+  int* counter;  // 0; where CTAs take items one after another: of those after their first
   bool q_wide, k_wide, v_wide, dout_wide, dq_wide, dk_wide, dv_wide;
 };
 
@@ -34,16 +35,21 @@ __device__ __forceinline__ float ds_scale_of(const BackwardParams& p) {
   return f16_ds_scale(b.dout, b.v, b.delta, 1.f / (1.f - p.problem.forward.dropout.probability));
 }
 
+// Tiles of query rows that see some of a tile of keys: all of [first_tile, last_tile], or, where
+// `listed`, those of them that `limits` says. The rows of [first_inside, last_inside] see all those
+// keys; where listed, `limits` says that too.
+struct StepRange {
+  int first_tile, last_tile, first_inside, last_inside;
+  bool listed;
+};
+
+// A tile of keys of a key head.
 struct BackwardWork {
   SequenceSlice at;
   const TileLimits* limits;  // of the entry's tiles of query rows
   int head_k;
   int n_tile, key0;
-  // Tiles of query rows that see a key of this CTA: all of [first_tile, last_tile], or, where
-  // `listed`, those of them that `limits` says. The rows of [first_inside, last_inside] see all its
-  // keys; where listed, `limits` says that too.
-  int first_tile, last_tile, first_inside, last_inside;
-  bool listed;
+  StepRange range;
 };
 
 template <class C>
@@ -63,7 +69,7 @@ __device__ __forceinline__ BackwardWork work_at(const BackwardParams& p, int blo
 struct Step {
   int head;  // within the group; group: no step is left
   int m_tile;
-  bool inside;  // every row sees all keys of the CTA
+  bool inside;  // every row sees all the keys
 };
 
 template <class C>
@@ -71,51 +77,39 @@ __device__ __forceinline__ bool meets(const TileLimits& t, const BackwardWork& w
   return t.first < work.key0 + C::tile.tile_n && t.end > work.key0;
 }
 
-// Which tiles of query rows see a key of this CTA. Deterministic turns count those that `limits`
-// has.
-template <class C>
-__device__ __forceinline__ void find_steps(const BackwardParams& p, typename C::Smem& smem,
-                                           BackwardWork& work) {
+// Which tiles of query rows see keys of `work`. Deterministic turns count those that `limits` has.
+// All of `threads` look, and `join` makes of what each found, the first tile and the last one, what
+// all did.
+template <class C, class Join>
+__device__ __forceinline__ StepRange find_steps(const BackwardParams& p, const BackwardWork& work,
+                                                int thread, int threads, const Join& join) {
   constexpr int kTile = C::tile.tile_m;
-  const int key_end = work.key0 + C::tile.tile_n;
   const ForwardProblem& f = p.problem.forward;
-  work.listed = f.intervals.rows != nullptr || p.turns != nullptr;
-  if (!work.listed) {
+  if (f.intervals.rows == nullptr && p.turns == nullptr) {
+    const int key_end = work.key0 + C::tile.tile_n;
     const TileRange rows = q_range(f.band, work.key0, key_end, work.at.q.length, work.at.k.length);
-    work.first_tile = rows.begin / kTile;
-    work.last_tile = ceil_div(rows.end, kTile) - 1;
-    work.first_inside = ceil_div(rows.interior_begin, kTile);
-    work.last_inside = key_end <= work.at.k.length ? rows.interior_end / kTile - 1 : -1;
-    return;
+    return {rows.begin / kTile, ceil_div(rows.end, kTile) - 1, ceil_div(rows.interior_begin, kTile),
+            key_end <= work.at.k.length ? rows.interior_end / kTile - 1 : -1, false};
   }
-  if (threadIdx.x == 0) {
-    smem.first_tile = INT_MAX;
-    smem.last_tile = -1;
-  }
-  __syncthreads();
   const int count = ceil_div(work.at.q.length, kTile);
   int first = INT_MAX, last = -1;
-  for (int m = static_cast<int>(threadIdx.x); m < count; m += C::kThreads)
+  for (int m = thread; m < count; m += threads)
     if (meets<C>(work.limits[m], work)) {
       first = min_of(first, m);
       last = m;
     }
-  if (last >= 0) {
-    atomicMin(&smem.first_tile, first);
-    atomicMax(&smem.last_tile, last);
-  }
-  __syncthreads();
-  work.first_tile = smem.first_tile;
-  work.last_tile = smem.last_tile;
+  join(first, last);
+  return {first, last, 0, -1, true};
 }
 
 // The step at or after `step`.
 template <class C>
 __device__ __forceinline__ Step settle(int group, const BackwardWork& work, Step step) {
-  for (; step.head < group; ++step.head, step.m_tile = work.first_tile)
-    for (; step.m_tile <= work.last_tile; ++step.m_tile) {
-      if (!work.listed) {
-        step.inside = step.m_tile >= work.first_inside && step.m_tile <= work.last_inside;
+  const StepRange& range = work.range;
+  for (; step.head < group; ++step.head, step.m_tile = range.first_tile)
+    for (; step.m_tile <= range.last_tile; ++step.m_tile) {
+      if (!range.listed) {
+        step.inside = step.m_tile >= range.first_inside && step.m_tile <= range.last_inside;
         return step;
       }
       const TileLimits limits = work.limits[step.m_tile];
@@ -131,10 +125,10 @@ __device__ __forceinline__ std::int64_t sums_index(const BackwardParams& p,
   return (work.limits - p.limits + step.m_tile) * p.problem.forward.q.heads() +
          work.head_k * p.group + step.head;
 }
-// How many key tiles are added to a tile of dq before this CTA's, where there is an order. CTAs are
-// dispatched in the order of their numbers, and those of this entry's smaller key tiles that see
-// the rows all add to the counter, whatever the contents of the arrays: who waits for it waits not
-// for ever.
+// How many key tiles are added to a tile of dq before this one, where there is an order. CTAs are
+// dispatched in the order of their numbers, or take items in it, and those of this entry's smaller
+// key tiles that see the rows all add to the counter, whatever the contents of the arrays: who
+// waits for it waits not for ever.
 template <class C>
 __device__ __forceinline__ int turn_of(const BackwardWork& work, const Step& step) {
   return work.n_tile - work.limits[step.m_tile].first / C::tile.tile_n;

@@ -262,10 +262,22 @@ __device__ __forceinline__ void differentiate_keys(const BackwardParams& p, type
   };
   ptx::wait_for_kernel_before();  // only inputs of the problem were read until here
   const float ds_scale = cuda::ds_scale_of<C>(p);
-  cuda::find_steps<C>(p, smem, work);
-  __syncthreads();  // the barriers are ready
-  Step step = cuda::settle<C>(p.group, work, {0, work.first_tile, false});
-  if (work.last_tile < work.first_tile) step.head = p.group;
+  if (threadIdx.x == 0) {
+    smem.first_tile = INT_MAX;
+    smem.last_tile = -1;
+  }
+  __syncthreads();  // and the barriers are ready
+  work.range = cuda::find_steps<C>(p, work, static_cast<int>(threadIdx.x), C::kThreads,
+                                   [&](int& first, int& last) {
+                                     if (last >= 0) {
+                                       atomicMin(&smem.first_tile, first);
+                                       atomicMax(&smem.last_tile, last);
+                                     }
+                                     __syncthreads();
+                                     first = smem.first_tile;
+                                     last = smem.last_tile;
+                                   });
+  Step step = cuda::settle<C>(p.group, work, {0, work.range.first_tile, false});
   QueryHead<C> head(p, work, 0);
   const auto load = [&](const Step& from, const Step& to, int stage) {
     if (to.head != from.head) head = QueryHead<C>(p, work, to.head);

@@ -1,5 +1,5 @@
 // The Hopper backward where dK and dV of 64 keys fill the registers of two warpgroups: each has all
-// keys of the CTA and half of the channels.
+// keys of the item and half of the channels.
 //
 // Of the scores a warpgroup has half of the query rows. P and dS pass through shared memory, from
 // where every product reads both operands. A step of a warpgroup, and what runs under what; S of
@@ -20,14 +20,14 @@ struct ByChannels : BackwardConsumer<C> {
   using Base::kQueryTileBytes, Base::kScoreTileBytes;
   using typename Base::Element, typename Base::RowPairs;
 
-  // Of the warpgroup's query rows, its channels, and of stage 0. P and dS have one panel of
-  // columns, so that theirs serve products of rows and of columns.
+  // Of the warpgroup's query rows, its channels, and of stage 0. P and dS have one
+  // panel of columns, so that theirs serve products of rows and of columns.
   tile::Descriptor k_rows, v_rows, k_channels, q_rows, q_channels, dout_rows, dout_channels;
   tile::Descriptor weights, ds;
 
   __device__ __forceinline__ ByChannels(const BackwardParams& params, typename C::Smem& shared,
-                                        int consumer, bool keys_missing)
-      : Base(params, shared, consumer, keys_missing),
+                                        int consumer)
+      : Base(params, shared, consumer),
         k_rows(shared.k.by_rows()),
         v_rows(shared.v.by_rows()),
         k_channels(tile::columns_from<typename C::KeyTile>(shared.k.by_columns(),
@@ -38,8 +38,8 @@ struct ByChannels : BackwardConsumer<C> {
         dout_rows(shared.dout[0].by_rows(C::kScoreRows * consumer)),
         dout_channels(tile::columns_from<typename C::QueryTile>(shared.dout[0].by_columns(),
                                                                 consumer * C::kKeyChannels)),
-        weights(shared.weights.at[0].by_rows()),
-        ds(shared.ds[0].by_rows()) {}
+        weights(shared.steps.weights.at[0].by_rows()),
+        ds(shared.steps.ds[0].by_rows()) {}
 
   // Keeps the compiler from computing the descriptors of every product once and spilling them.
   static __device__ __forceinline__ tile::Descriptor opaque(tile::Descriptor x) {
@@ -47,12 +47,14 @@ struct ByChannels : BackwardConsumer<C> {
     return x;
   }
 
+  // Of anything, where the stage has no step.
   template <int kStage>
-  __device__ __forceinline__ void begin_scores(int of_phase) {
-    smem.q_full[kStage].wait(of_phase);
-    this->template clear_missing_queries<kStage>(smem.visits[kStage].rows, of_phase);
+  __device__ __forceinline__ void begin_scores(bool there, int of_phase) {
+    if (there) smem.q_full[kStage].wait(of_phase);
     tile::begin_matmul_nt<typename C::KeyTile, typename C::QueryTile>(
         acc_s, opaque(k_rows), opaque(q_rows) + kStage * kQueryTileBytes);
+    this->template clear_missing_queries<kStage>(there ? smem.visits[kStage].rows : INT_MAX,
+                                                 of_phase);
   }
   // A warp's scores to where all warps of both warpgroups read them.
   __device__ __forceinline__ void share(typename C::ScoreTile& tile,
@@ -63,12 +65,11 @@ struct ByChannels : BackwardConsumer<C> {
     sync_consumers();
   }
 
-  // The step of a stage, whose S is complete; false: there is none.
+  // The step of a stage, whose S is complete; whether another one of the item follows.
   template <int kStage>
   __device__ __forceinline__ bool visit() {
     constexpr int kNext = (kStage + 1) % C::tile.stages;
     const typename C::Visit visit = smem.visits[kStage];
-    if (visit.sums < 0) return false;
     const typename C::Rows& rows = smem.rows[kStage];
     typename C::Scores acc_dp;
     typename C::Queries acc_dq;
@@ -76,35 +77,33 @@ struct ByChannels : BackwardConsumer<C> {
     tile::begin_matmul_nt<typename C::KeyTile, typename C::QueryTile>(
         acc_dp, v_rows, dout_rows + kStage * kQueryTileBytes);
     this->exponentiate(visit.inside, rows, this->load_pairs(rows.lse_log2));
-    share(smem.weights.at[kStage], acc_s);
+    share(smem.steps.weights.at[kStage], acc_s);
     tile::begin_matmul_nn<typename C::ScoreTile, typename C::QueryTile>(
         acc_dv, weights + kStage * kScoreTileBytes, dout_channels + kStage * kQueryTileBytes);
     const RowPairs delta = this->load_pairs(rows.delta);
     tile::wait_matmul<1>(acc_dp);
     this->differentiate(delta, acc_dp);
-    share(smem.ds[kStage], acc_dp);
+    share(smem.steps.ds[kStage], acc_dp);
     tile::begin_matmul_tn<typename C::ScoreTile, typename C::KeyTile>(
         acc_dq, ds + kStage * kScoreTileBytes, k_channels);
     tile::begin_matmul_nn<typename C::ScoreTile, typename C::QueryTile>(
         acc_dk, ds + kStage * kScoreTileBytes, q_channels + kStage * kQueryTileBytes);
-    // Of anything, where there is no next step.
-    const int next_phase = kNext == 0 ? phase ^ 1 : phase;
-    begin_scores<kNext>(next_phase);
+    begin_scores<kNext>(!visit.last, kNext == 0 ? phase ^ 1 : phase);
     tile::wait_matmul<2>(acc_dq);
     this->release(smem.dout_empty[kStage]);
     this->add_queries(visit.sums, visit.turn, acc_dq);
     tile::wait_matmul<0>(acc_s);
     this->release(smem.q_empty[kStage]);
-    return true;
+    return !visit.last;
   }
 
-  __device__ __forceinline__ void run() {
-    smem.keys_full.wait(0);
-    this->clear_missing_keys();
-    begin_scores<0>(0);
+  template <int kStage>
+  __device__ __forceinline__ void begin_ahead() {
+    begin_scores<kStage>(true, phase);
     tile::wait_matmul<0>(acc_s);
-    Base::visit_all(*this);
-    this->store_keys();
+  }
+  __device__ __forceinline__ void begin(int stage) {
+    stage == 0 ? begin_ahead<0>() : begin_ahead<1>();
   }
 };
 

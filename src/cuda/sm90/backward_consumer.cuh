@@ -17,11 +17,19 @@
 #include "cuda/common/score.cuh"
 #include "cuda/host/tensor_map.hpp"
 #include "cuda/sm90/tiles.hpp"
+#include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/warpgroup.cuh"
 
 namespace heed::sm90 {
 
 using cuda::BackwardWork, cuda::Step;
+
+// An item, in shared memory.
+struct BackwardItem {
+  BackwardWork work;
+  bool holes;  // keys are missing
+  bool last;   // there is no such item
+};
 
 template <class ElementType, BackwardTile kTile, class ScorePolicy>
 struct BackwardConfig {
@@ -46,7 +54,9 @@ struct BackwardConfig {
   static constexpr int kQueryChannels = kByKeys ? (tile.head_dim <= 64 ? 32 : 64) : 128;
   static constexpr int kLastChannels = tile.head_dim - (kQueryParts - 1) * kQueryChannels;
   static constexpr int kQueryFloats = tile.tile_m * kQueryParts * kQueryChannels;
-  static constexpr int kWriters = kConsumers;  // to a tile of dq, of a CTA
+  static constexpr int kWriters = kConsumers;  // to a tile of dq, of an item
+  static constexpr int kItems = 2;             // found and not finished
+  static constexpr int kSoon = 4;  // steps of the last query head, before which the next is taken
 
   using KeyTile = tile::PanelTile<Element, tile.tile_n, tile.head_dim>;
   using QueryTile = tile::PanelTile<Element, tile.tile_m, tile.head_dim>;
@@ -55,7 +65,7 @@ struct BackwardConfig {
   using Weights = tile::Operand<1, kScoreRows / 16>;
   struct Nothing {};
   using HeldKeys = std::conditional_t<tile.spare, tile::Operand<1, tile.head_dim / 16>, Nothing>;
-  using Keys = tile::Accumulator<1, kKeyChannels / 8>;
+  using KeyGradients = tile::Accumulator<1, kKeyChannels / 8>;
   using Queries = tile::Accumulator<1, kQueryChannels / 8>;
   using RoundedQueries = tile::PanelTile<Element, tile.tile_m, kQueryParts * kQueryChannels>;
 
@@ -66,38 +76,59 @@ struct BackwardConfig {
   };
   // What a consumer must know of a step.
   struct Visit {
-    int sums;     // where dq is added up; -1: no step is left
+    int sums;     // where dq is added up
     int rows;     // from the tile's first one to the entry's end
-    bool inside;  // every row sees all keys of the CTA
     int turn;     // as cuda::turn_of()
+    bool inside;  // every row sees all keys of the item, and none is missing
+    bool last;    // of the item
   };
   struct SharedWeights {
     ScoreTile at[tile.stages];
   };
+  // What passes from consumer to consumer in a step.
+  struct Steps {
+    [[no_unique_address]] std::conditional_t<kByKeys, Nothing, SharedWeights> weights;
+    ScoreTile ds[tile.stages];
+  };
+  // dk and dv on their way out, in its place: both together where there is room.
+  static constexpr int kOutTiles = sizeof(Steps) >= 2 * sizeof(KeyTile) ? 2 : 1;
   struct Smem {
     KeyTile k, v;
     QueryTile q[tile.stages], dout[tile.stages];
-    [[no_unique_address]] std::conditional_t<kByKeys, Nothing, SharedWeights> weights;
-    ScoreTile ds[tile.stages];
+    union {
+      Steps steps;
+      KeyTile out[kOutTiles];
+    };
     alignas(16) Rows rows[tile.stages];
     Visit visits[tile.stages];
-    BackwardWork work;
-    ptx::Barrier keys_full;
+    BackwardItem items[kItems];
+    ptx::Barrier item_full[kItems], item_soon[kItems], item_empty[kItems];
+    ptx::Barrier keys_full, keys_empty;
     ptx::Barrier q_full[tile.stages], q_empty[tile.stages];  // of Q, its rows and the step
     ptx::Barrier dout_full[tile.stages], dout_empty[tile.stages];
-    int first_tile, last_tile;
     float ds_scale;  // what dS is multiplied by before it is rounded
+    // Of an item, of a consumer, which writes it itself: the compiler knows of what is read here,
+    // unlike of what loops carry, that it is the same in every lane.
+    int first_stage[kConsumers];
   };
-  static_assert(tile.tile_m == 64 && (kByKeys || tile.tile_n == 64));
+  static_assert(tile.tile_m == 64 && tile.stages == 2 && (kByKeys || tile.tile_n == 64));
   static_assert(Score::kScaled);
+  static_assert(sizeof(Steps) >= sizeof(KeyTile));
   static_assert(sizeof(Smem) <= 227 * 1024, "the tile does not fit in shared memory");
 };
 
 struct BackwardParams {
-  CUtensorMap q, dout, k, v;
+  CUtensorMap q, dout, k, v, dk, dv;
   cuda::BackwardParams base;
   float scale_log2e;
+  int items;
+  bool bulk_gradients;  // the copy engine may write dk and dv
 };
+
+__device__ __forceinline__ ptx::BoxStart first_key(const BackwardWork& work) {
+  return {0, static_cast<int>(work.at.k.token) + work.key0, work.head_k,
+          static_cast<int>(work.at.k.batch)};
+}
 
 // Named barriers: 1 and 2 join both consumers, 3 and 4 the warps of one.
 __device__ __forceinline__ void sync_consumers() { ptx::named_sync<1, 256>(); }
@@ -112,7 +143,7 @@ __device__ __forceinline__ void clear_row(Tile& tile, int row) {
     *reinterpret_cast<uint4*>(tile.chunk(row, chunk)) = uint4{0, 0, 0, 0};
 }
 
-// A warpgroup, and what it keeps from step to step.
+// A warpgroup, and what it keeps from step to step and from item to item.
 template <class C>
 struct BackwardConsumer {
   using Smem = typename C::Smem;
@@ -122,24 +153,21 @@ struct BackwardConsumer {
 
   const BackwardParams& p;
   Smem& smem;
-  int index;          // among the consumers
-  bool first_thread;  // of the warpgroup
-  bool holes;         // keys of the CTA are missing
-  int phase = 0;      // of the stages' barriers
+  int index;                            // among the consumers
+  bool first_thread;                    // of the warpgroup
+  tile::PipelineState<C::kItems> item;  // at hand
+  int key_phase = 0;                    // of its keys' barrier
+  int phase = 0;                        // of the stages' barriers
   typename C::Scores acc_s;
-  typename C::Keys acc_dk, acc_dv;
+  typename C::KeyGradients acc_dk, acc_dv;
 
   __device__ __forceinline__ BackwardConsumer(const BackwardParams& params, Smem& shared,
-                                              int consumer, bool keys_missing)
-      : p(params),
-        smem(shared),
-        index(consumer),
-        first_thread(threadIdx.x % 128 == 0),
-        holes(keys_missing) {
-    acc_dk.clear();
-    acc_dv.clear();
+                                              int consumer)
+      : p(params), smem(shared), index(consumer), first_thread(threadIdx.x % 128 == 0) {
+    if (first_thread) smem.first_stage[index] = 0;
   }
 
+  __device__ __forceinline__ const BackwardItem& at_hand() const { return smem.items[item.stage]; }
   // First key of the warp, and first query row of its scores, within the tiles.
   __device__ __forceinline__ int warp_key() const {
     return (C::kByKeys ? 64 * index : 0) + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
@@ -154,11 +182,9 @@ struct BackwardConsumer {
   // 0 times whatever stands in K and V for a key that is not there must be 0. Behind the tensor's
   // last row the copy engine writes zeros.
   __device__ __forceinline__ void clear_missing_keys() {
-    const BackwardWork& work = smem.work;
+    const BackwardWork& work = at_hand().work;
     const ForwardProblem& f = p.base.problem.forward;
-    const bool beyond = work.key0 + C::tile.tile_n > work.at.k.length &&
-                        work.at.k.token + work.at.k.length != f.k.seqlen();
-    if (!holes && !beyond) [[likely]]
+    if (!at_hand().holes && !has_rows_behind(work, f.k.seqlen())) [[likely]]
       return;
     const int thread = 128 * index + static_cast<int>(threadIdx.x) % 128;
     const int row = thread % C::tile.tile_n;
@@ -170,11 +196,18 @@ struct BackwardConsumer {
     ptx::fence_async_proxy();
     sync_consumers();
   }
+  // Whether the item's tile has rows of the tensor that are not the entry's.
+  static __device__ __forceinline__ bool has_rows_behind(const BackwardWork& work,
+                                                         std::int64_t seqlen) {
+    return work.key0 + C::tile.tile_n > work.at.k.length &&
+           work.at.k.token + work.at.k.length != seqlen;
+  }
 
-  // The same for query rows, which both consumers read.
+  // The same for query rows, which both consumers read: before dP, and behind the beginning of S,
+  // whose columns of these rows nobody looks at.
   template <int kStage>
   __device__ __forceinline__ void clear_missing_queries(int rows, int of_phase) {
-    const SideSlice& at = smem.work.at.q;
+    const SideSlice& at = at_hand().work.at.q;
     if (rows >= C::tile.tile_m || at.token + at.length == p.base.problem.forward.q.seqlen())
         [[likely]]
       return;
@@ -211,11 +244,13 @@ struct BackwardConsumer {
         float& x = acc_s.at[0][n][i];
         x = ptx::exp2(fmaf(x, p.scale_log2e, -(i % 2 == 0 ? lse.at[n].x : lse.at[n].y)));
       }
-    if (inside && !holes) return;
+    if (inside) return;
+    const BackwardWork& work = at_hand().work;
+    const bool holes = at_hand().holes;
     int key[2];
     for (int slot = 0; slot < 2; ++slot) {
-      key[slot] = smem.work.key0 + warp_key() + tile::slot_row(slot);
-      if (holes && !key_valid(p.base.problem.forward.intervals, smem.work.at, key[slot]))
+      key[slot] = work.key0 + warp_key() + tile::slot_row(slot);
+      if (holes && !key_valid(p.base.problem.forward.intervals, work.at, key[slot]))
         key[slot] = INT_MAX;
     }
 #pragma unroll
@@ -263,26 +298,88 @@ struct BackwardConsumer {
     if (first_thread) cuda::pass_turn(counter);
   }
 
-  // All steps, by Consumer's visit<kStage>(), which returns false where there is none.
+  // The steps of the item from `stage` on, by Consumer's visit<kStage>(), which says whether
+  // another one follows. The stage of the next item's first step.
   template <class Consumer>
-  static __device__ __forceinline__ void visit_all(Consumer& consumer) {
-    [&]<int... kStage>(std::integer_sequence<int, kStage...>) {
+  static __device__ __forceinline__ int visit_all(Consumer& consumer, int stage) {
 #pragma unroll 1
-      while ((consumer.template visit<kStage>() && ...)) consumer.phase ^= 1;
+    for (;; stage = 0) {
+      if (stage == 0 && !consumer.template visit<0>()) return 1;
+      const bool more = consumer.template visit<1>();
+      consumer.phase ^= 1;
+      if (!more) return 0;
     }
-    (std::make_integer_sequence<int, C::tile.stages>());
   }
 
-  // dk and dv of the consumer's keys and channels.
-  __device__ __forceinline__ void store_keys() {
-    store(p.base.problem.dk, p.base.dk_wide, acc_dk, p.base.scale / smem.ds_scale);
-    store(p.base.problem.dv, p.base.dv_wide, acc_dv, 1.f);
+  // All items, by Consumer's begin() and visit().
+  template <class Consumer>
+  static __device__ __forceinline__ void attend_all(Consumer& consumer) {
+    Smem& smem = consumer.smem;
+    int& first_stage = smem.first_stage[consumer.index];
+    const bool leads = consumer.index == 0 && consumer.first_thread;
+#pragma unroll 1
+    for (;; consumer.item.advance(), consumer.key_phase ^= 1) {
+      if (leads) ptx::wait_stores_read();
+      sync_consumers();  // the item before has left
+      smem.item_full[consumer.item.stage].wait(consumer.item.phase);
+      const BackwardItem& item = consumer.at_hand();
+      if (item.last) return;
+      smem.keys_full.wait(consumer.key_phase);
+      consumer.acc_dk.clear();
+      consumer.acc_dv.clear();
+      consumer.clear_missing_keys();
+      if (item.work.range.first_tile <= item.work.range.last_tile) {
+        const int stage = *static_cast<const volatile int*>(&first_stage);
+        consumer.begin(stage);
+        const int next = visit_all(consumer, stage);
+        if (consumer.first_thread) first_stage = next;
+      }
+      sync_consumers();  // both have read K, V and dS
+      if (leads) smem.keys_empty.arrive();
+      consumer.store_keys(leads);
+      __syncwarp();
+      consumer.release(smem.item_empty[consumer.item.stage]);
+    }
   }
-  __device__ __forceinline__ void store(const TensorView& x, bool wide, typename C::Keys& acc,
-                                        float scale) const {
-    const BackwardWork& work = smem.work;
+
+  // dk and dv of the consumer's keys and channels. A tile that is all there leaves by the copy
+  // engine.
+  __device__ __forceinline__ void store_keys(bool leads) {
+    const BackwardWork& work = at_hand().work;
+    tile::scale(acc_dk, p.base.scale / smem.ds_scale);
+    if (!p.bulk_gradients || has_rows_behind(work, p.base.problem.dk.seqlen())) {
+      store(p.base.problem.dv, p.base.dv_wide, acc_dv);
+      store(p.base.problem.dk, p.base.dk_wide, acc_dk);
+      return;
+    }
+    constexpr bool kTogether = C::kOutTiles == 2;
+    put(smem.out[0], acc_dv);
+    if constexpr (kTogether) put(smem.out[1], acc_dk);
+    ptx::fence_async_proxy();
+    sync_consumers();
+    if (leads) {
+      smem.out[0].store(0, p.dv, first_key(work));
+      if constexpr (kTogether) smem.out[1].store(0, p.dk, first_key(work));
+      ptx::store_commit();
+    }
+    if constexpr (kTogether) return;
+    if (leads) ptx::wait_stores_read();
+    sync_consumers();
+    put(smem.out[0], acc_dk);
+    ptx::fence_async_proxy();
+    sync_consumers();
+    if (!leads) return;
+    smem.out[0].store(0, p.dk, first_key(work));
+    ptx::store_commit();
+  }
+  __device__ __forceinline__ void put(typename C::KeyTile& out,
+                                      const typename C::KeyGradients& acc) const {
+    tile::store_matrices(out, warp_key(), acc, C::kByKeys ? 0 : C::kKeyChannels / 8 * index);
+  }
+  __device__ __forceinline__ void store(const TensorView& x, bool wide,
+                                        const typename C::KeyGradients& acc) const {
+    const BackwardWork& work = at_hand().work;
     const int channel = C::kByKeys ? 0 : C::kKeyChannels * index;
-    tile::scale(acc, scale);
     Element* first = cuda::first_row<Element>(x, work.at.k, work.head_k) + channel;
     tile::store_global<Element>(acc, wide, static_cast<int>(x.head_dim()) - channel, [&](int slot) {
       const int row = work.key0 + warp_key() + tile::slot_row(slot);

@@ -129,8 +129,9 @@ __device__ __forceinline__ void store_matrices(Tile& tile, int row, const Operan
 }
 // The same, rounded to the tile's elements.
 template <class Tile, int kN>
-__device__ __forceinline__ void store_matrices(Tile& tile, int row, const Accumulator<1, kN>& acc) {
-  store_matrices(tile, row, to_operand<typename Tile::Element>(acc));
+__device__ __forceinline__ void store_matrices(Tile& tile, int row, const Accumulator<1, kN>& acc,
+                                               int from = 0) {
+  store_matrices(tile, row, to_operand<typename Tile::Element>(acc), from);
 }
 
 }  // namespace heed::tile
