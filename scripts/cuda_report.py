@@ -49,7 +49,7 @@ HOPPER_FORWARD = (
     "q_slots",
 )
 FORWARD = ("head_dim", "tile_m", "tile_n", "warps", "ctas", "packed", "stages", "key_warps")
-HOPPER_BACKWARD = ("head_dim", "tile_m", "tile_n", "stages", "spare")
+HOPPER_BACKWARD = ("head_dim", "tile_m", "tile_n", "stages")
 BACKWARD = ("head_dim", "tile_m", "tile_n", "keys", "share", "stages")
 
 

@@ -339,19 +339,22 @@ class Backward:
 
     SOON = 4
 
-    def __init__(self, items: list[list[bool]], ahead: bool, by_keys: bool, together: bool) -> None:
-        self.items, self.ahead, self.by_keys, self.together = items, ahead, by_keys, together
+    def __init__(self, items: list[list[bool]], by_keys: bool, together: bool) -> None:
+        self.items, self.by_keys, self.together = items, by_keys, together
         for name, count in (("q_full", 1), ("q_empty", 2), ("dout_full", 1), ("dout_empty", 2)):
             setattr(self, name, [Barrier(count) for _ in range(2)])
         for name, count in (("item_full", 1), ("item_soon", 1), ("item_empty", 3)):
             setattr(self, name, [Barrier(count) for _ in range(2)])
+        for name in ("sums_full", "sums_empty"):  # of a consumer
+            setattr(self, name, [Barrier(1) for _ in range(2)])
         self.keys_full, self.keys_empty = Barrier(1), Barrier(1)
-        self.item, self.visits, self.q, self.dout = ([None] * 2 for _ in range(4))
+        self.item, self.visits, self.q, self.dout, self.sums = ([None] * 2 for _ in range(5))
         self.keys = None
         self.weights, self.ds = ([[None, None] for _ in range(2)] for _ in range(2))
         self.joined, self.cleared = Meeting(), Meeting()
         self.leaving = 0  # copies of dk and dv that still read shared memory, where dS stands
         self.done: list[list[list[int]]] = [[], []]
+        self.added: list[list[tuple[int, int]]] = [[], []]
         self.left: list[tuple[str, int]] = []
 
     def schedule(self) -> Step:
@@ -392,23 +395,43 @@ class Backward:
                 if not told and step + self.SOON >= len(ragged):
                     self.item_soon[item.stage].arrive()
                     told = True
+                yield from self.dout_empty[at.stage].wait(at.phase ^ 1)
+                self.dout[at.stage] = (number, step, not ragged[step])
+                yield
+                self.dout_full[at.stage].arrive()
                 yield from self.q_empty[at.stage].wait(at.phase ^ 1)
                 self.q[at.stage] = (number, step, not ragged[step])
                 self.visits[at.stage] = (number, step)
                 yield
                 self.q_full[at.stage].arrive()
-                yield from self.dout_empty[at.stage].wait(at.phase ^ 1)
-                self.dout[at.stage] = (number, step, not ragged[step])
-                yield
-                self.dout_full[at.stage].arrive()
                 at.advance()
             if not told:
                 self.item_soon[item.stage].arrive()
             self.item_empty[item.stage].arrive()
             item.advance()
 
+    def add(self, index: int) -> Step:
+        at = Ring(1)
+        while True:
+            yield from self.sums_full[index].wait(at.phase)
+            if self.sums[index] is None:
+                return
+            self.added[index].append(self.sums[index])
+            yield
+            self.sums[index] = "gone"
+            self.sums_empty[index].arrive()
+            at.advance()
+
     def consume(self, index: int) -> Step:
-        item, keys, at = Ring(2), Ring(1), Ring(2)
+        item, keys, at, sums = Ring(2), Ring(1), Ring(2), Ring(1)
+
+        def put(what: tuple[int, int] | None) -> Step:
+            yield from self.sums_empty[index].wait(sums.phase ^ 1)
+            assert self.sums[index] in (None, "gone")
+            self.sums[index] = what
+            self.sums_full[index].arrive()
+            sums.advance()
+            yield
 
         def clear_missing(at: Ring) -> Step:
             number, step = self.visits[at.stage]
@@ -424,10 +447,10 @@ class Backward:
 
         def visit(number: int, step: int, last: bool) -> Step:
             there, now = (number, step, True), (number, step)
-            if not self.ahead:
+            yield from self.dout_full[at.stage].wait(at.phase)
+            if self.by_keys:
                 yield from begin_scores(at)
             assert self.visits[at.stage] == now
-            yield from self.dout_full[at.stage].wait(at.phase)
             assert self.dout[at.stage] == there
             assert self.keys == number
             yield
@@ -441,12 +464,14 @@ class Backward:
             yield
             if self.by_keys:
                 self.dout_empty[at.stage].arrive()
-            if self.ahead and not last:
+                yield from put(now)
+            elif not last:
                 after = at.copy()
                 after.advance()
                 yield from begin_scores(after)
             # dV and dQ are complete here at the latest, and then dK.
             if not self.by_keys:
+                self.added[index].append(now)
                 assert self.weights[at.stage] == [now, now]
                 assert self.dout[at.stage] == there
                 self.dout_empty[at.stage].arrive()
@@ -480,10 +505,10 @@ class Backward:
             yield from self.item_full[item.stage].wait(item.phase)
             number = self.item[item.stage]
             if number is None:
-                return
+                break
             yield from self.keys_full.wait(keys.phase)
             steps = len(self.items[number])
-            if self.ahead and steps > 0:
+            if not self.by_keys and steps > 0:
                 yield from begin_scores(at)
             for step in range(steps):
                 yield from visit(number, step, step == steps - 1)
@@ -497,24 +522,27 @@ class Backward:
             self.item_empty[item.stage].arrive()
             item.advance()
             keys.advance()
+        if self.by_keys:
+            yield from put(None)
 
     def run(self, order: random.Random) -> None:
         warps = [self.schedule(), self.load(), self.consume(0), self.consume(1)]
+        if self.by_keys:
+            warps += [self.add(0), self.add(1)]
         run_all(warps, order, self.items)
 
 
-@pytest.mark.parametrize(
-    ("by_keys", "ahead", "together"),
-    [(True, True, True), (True, False, False), (False, True, False)],
-)
-def test_nobody_waits_for_ever_in_the_backward(by_keys: bool, ahead: bool, together: bool) -> None:
+@pytest.mark.parametrize(("by_keys", "together"), [(True, True), (True, False), (False, False)])
+def test_nobody_waits_for_ever_in_the_backward(by_keys: bool, together: bool) -> None:
     for seed in range(200):
         draw = random.Random(seed)
         items = [
             [draw.random() < 0.2 for _ in range(draw.randint(0, 7))]
             for _ in range(draw.randint(0, 6))
         ]
-        kernel = Backward(items, ahead, by_keys, together)
+        kernel = Backward(items, by_keys, together)
         kernel.run(draw)
         assert kernel.done == [[list(range(len(item))) for item in items]] * 2
+        steps = [(i, step) for i, item in enumerate(items) for step in range(len(item))]
+        assert kernel.added == [steps] * 2
         assert kernel.left == [(x, i) for i in range(len(items)) for x in ("dv", "dk")]

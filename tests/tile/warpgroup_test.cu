@@ -124,38 +124,14 @@ struct Scores {
   }
 };
 
-// The same of 64 rows, with the left operand in registers.
-template <class Element, int kN, int kCols>
-struct HeldScores {
-  using Left = tile::PanelTile<Element, 64, kCols>;
-  using Right = tile::PanelTile<Element, kN, kCols>;
-  struct alignas(1024) Shared {
-    Left left;
-    Right right;
-  };
-  const Element *left, *right;
-  float* out;  // [64][kN]
-
-  __device__ void operator()(Shared& shared) const {
-    fill(shared.left, left);
-    fill(shared.right, right);
-    ptx::fence_async_proxy();
-    __syncthreads();
-    tile::Accumulator<1, kN / 8> acc;
-    tile::begin_matmul_nt<Right>(acc, tile::load_matrices(shared.left, 16 * tile::warp()),
-                                 shared.right.by_rows());
-    tile::wait_matmul<0>(acc);
-    unload(acc, out + 16 * tile::warp() * kN, kN);
-  }
-};
-
-template <class Element, int kK, int kCols>
+// Over the last kK rows of `right`.
+template <class Element, int kK, int kCols, int kRows = kK>
 struct Sums {
-  using Right = tile::PanelTile<Element, kK, kCols>;
+  using Right = tile::PanelTile<Element, kRows, kCols>;
   using Shared = Right;
-  const float* left;  // [64][kK]
-  const Element* right;
-  float* out;  // [64][kCols]
+  const float* left;     // [64][kK]
+  const Element* right;  // [kRows][kCols]
+  float* out;            // [64][kCols]
 
   __device__ void operator()(Right& shared) const {
     fill(shared, right);
@@ -165,7 +141,8 @@ struct Sums {
     fill(from, left + 16 * tile::warp() * kK, kK);
     tile::Accumulator<1, kCols / 8> acc;
     fill(acc, out + 16 * tile::warp() * kCols, kCols);
-    tile::begin_matmul_nn<Right>(acc, tile::to_operand<Element>(from), shared.by_columns());
+    tile::begin_matmul_nn<Right>(acc, tile::to_operand<Element>(from),
+                                 shared.by_columns() + Right::after_rows(kRows - kK));
     tile::wait_matmul<0>(acc);
     unload(acc, out + 16 * tile::warp() * kCols, kCols);
   }
@@ -209,10 +186,11 @@ struct SharedSums {
   }
 };
 
-// Columns [kFirst, kFirst + kWidth) of left^T right; those from kCols on are anything.
-template <class Element, int kCols, int kFirst, int kWidth>
+// Columns [kFirst, kFirst + kWidth) of left^T right, of the last 64 columns of `left`; those from
+// kCols on are anything.
+template <class Element, int kLeftCols, int kCols, int kFirst, int kWidth>
 struct TransposedSums {
-  using Left = tile::PanelTile<Element, 128, 64>;
+  using Left = tile::PanelTile<Element, 128, kLeftCols>;
   using Right = tile::PanelTile<Element, 128, kCols>;
   struct alignas(1024) Shared {
     Left left;
@@ -228,7 +206,7 @@ struct TransposedSums {
     __syncthreads();
     tile::Accumulator<1, kWidth / 8> acc;
     tile::begin_matmul_tn<Left, Right>(
-        acc, shared.left.by_columns(),
+        acc, tile::columns_from<Left>(shared.left.by_columns(), kLeftCols - 64),
         tile::columns_from<Right>(shared.right.by_columns(), kFirst));
     tile::wait_matmul<0>(acc);
     unload(acc, out + 16 * tile::warp() * kWidth, kWidth);
@@ -302,33 +280,34 @@ TEST_F(TileWarpgroup, ProductsThroughSharedMemory) {
 }
 
 // dQ = dS K, a part of the channels.
-template <class Element, int kCols, int kFirst, int kWidth>
+template <class Element, int kLeftCols, int kCols, int kFirst, int kWidth>
 void check_transposed() {
   constexpr int kWanted = kFirst + kWidth < kCols ? kWidth : kCols - kFirst;
   SCOPED_TRACE("channels " + std::to_string(kFirst) + " to " + std::to_string(kFirst + kWanted) +
                " of " + std::to_string(kCols));
-  const Matrix ds = small_integers(128, 64, 8), k = small_integers(128, kCols, 9);
+  const Matrix ds = small_integers(128, kLeftCols, 8), k = small_integers(128, kCols, 9);
   const DeviceArray<Element> left(rounded<Element>(ds)), right(rounded<Element>(k));
   const DeviceArray<float> out(64 * kWidth);
-  launch(TransposedSums<Element, kCols, kFirst, kWidth>{left.data(), right.data(), out.data()},
+  launch(TransposedSums<Element, kLeftCols, kCols, kFirst, kWidth>{left.data(), right.data(),
+                                                                   out.data()},
          128);
-  const Matrix whole = product(Matrix(64, kCols), transposed(ds), k);
+  const Matrix whole = product(Matrix(kLeftCols, kCols), transposed(ds), k);
   const Matrix found = matrix_of(64, kWidth, out.values());
   Matrix expected(64, kWanted), wanted(64, kWanted);
   for (int row = 0; row < 64; ++row)
     for (int col = 0; col < kWanted; ++col) {
-      expected(row, col) = whole(row, kFirst + col);
+      expected(row, col) = whole(kLeftCols - 64 + row, kFirst + col);
       wanted(row, col) = found(row, col);
     }
   expect_equal(expected, wanted, "dQ = dS K");
 }
 template <class Element>
 void check_transposed() {
-  check_transposed<Element, 64, 0, 32>();
-  check_transposed<Element, 64, 32, 32>();
-  check_transposed<Element, 96, 0, 64>();
-  check_transposed<Element, 96, 64, 64>();
-  check_transposed<Element, 128, 64, 64>();
+  check_transposed<Element, 128, 64, 0, 64>();
+  check_transposed<Element, 64, 64, 32, 32>();
+  check_transposed<Element, 64, 96, 0, 64>();
+  check_transposed<Element, 64, 96, 64, 64>();
+  check_transposed<Element, 64, 128, 64, 64>();
 }
 
 TEST_F(TileWarpgroup, TransposedProductsOfTheBackward) {
@@ -336,20 +315,23 @@ TEST_F(TileWarpgroup, TransposedProductsOfTheBackward) {
   check_transposed<f16>();
 }
 
-template <class Element, int kCols>
-void check_held() {
-  const Matrix k = small_integers(64, kCols, 1), q = small_integers(64, kCols, 2);
-  const DeviceArray<Element> left(rounded<Element>(k)), right(rounded<Element>(q));
-  const DeviceArray<float> out(64 * 64);
-  launch(HeldScores<Element, 64, kCols>{left.data(), right.data(), out.data()}, 128);
-  expect_equal(product(Matrix(64, 64), k, transposed(q)), matrix_of(64, 64, out.values()),
-               "S^T = K Q^T, K held");
+// dV += P^T dO, of the last 64 of 128 query rows.
+template <class Element>
+void check_half() {
+  const Matrix p = small_integers(64, 64, 1), dout = small_integers(128, 64, 2);
+  const Matrix dv = small_integers(64, 64, 3);
+  const DeviceArray<float> left(rounded<float>(p)), out(rounded<float>(dv));
+  const DeviceArray<Element> right(rounded<Element>(dout));
+  launch(Sums<Element, 64, 64, 128>{left.data(), right.data(), out.data()}, 128);
+  Matrix last(64, 64);
+  for (int row = 0; row < 64; ++row)
+    for (int col = 0; col < 64; ++col) last(row, col) = dout(64 + row, col);
+  expect_equal(product(dv, p, last), matrix_of(64, 64, out.values()), "dV += P^T dO");
 }
 
-TEST_F(TileWarpgroup, ProductsOfHeldKeys) {
-  check_held<bf16, 64>();
-  check_held<f16, 64>();
-  check_held<bf16, 96>();
+TEST_F(TileWarpgroup, ProductsOfHalfOfTheRows) {
+  check_half<bf16>();
+  check_half<f16>();
 }
 
 // ---- results ----
@@ -403,6 +385,50 @@ TEST_F(TileWarpgroup, StoreWritesWhatIsInsideTheTensor) {
     check_store<128>(128, row0);
     check_store<128>(80, row0);
   }
+}
+
+// Adds what warps put into shared memory; another warp has the copy engine do it.
+struct AddBulk {
+  static constexpr int kWarps = 4, kFloats = 16 * 64;
+  struct alignas(1024) Shared {
+    float of[kWarps][kFloats];
+    ptx::Barrier full;
+  };
+  float* out;  // [kWarps][kFloats]
+
+  __device__ void operator()(Shared& shared) const {
+    if (threadIdx.x == 0) {
+      shared.full.init(kWarps);
+      ptx::fence_barrier_init();
+    }
+    __syncthreads();
+    const int warp = tile::warp() - 1, lane = tile::lane();
+    if (warp >= 0) {
+      for (int i = lane; i < kFloats; i += 32) shared.of[warp][i] = static_cast<float>(warp + i);
+      __syncwarp();
+      if (lane == 0) shared.full.arrive();
+      return;
+    }
+    shared.full.wait(0);
+    ptx::fence_async_proxy();
+    if (lane < kWarps) {
+      ptx::add_bulk(out + lane * kFloats, shared.of[lane],
+                    kFloats * static_cast<int>(sizeof(float)));
+      ptx::store_commit();
+      ptx::wait_stores();
+    }
+  }
+};
+
+TEST_F(TileWarpgroup, CopyEngineAddsWhatWarpsPut) {
+  constexpr int kWarps = AddBulk::kWarps, kFloats = AddBulk::kFloats;
+  const Matrix from = small_integers(kWarps, kFloats, 5);
+  const DeviceArray<float> out(rounded<float>(from));
+  for (int times = 0; times < 3; ++times) launch(AddBulk{out.data()}, 32 * (kWarps + 1));
+  Matrix expected = from;
+  for (int row = 0; row < kWarps; ++row)
+    for (int col = 0; col < kFloats; ++col) expected(row, col) += 3 * (row + col);
+  expect_equal(expected, matrix_of(kWarps, kFloats, out.values()), "sums");
 }
 
 // ---- barriers ----

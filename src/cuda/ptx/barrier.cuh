@@ -67,6 +67,11 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for memory of any kind.
+__device__ __forceinline__ void fence_all_async_proxy() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
 // Barrier kId of the block, of kThreads threads together; an id in a register would reserve all 16.
 template <int kId, int kThreads>
 __device__ __forceinline__ void named_sync() {

@@ -44,12 +44,26 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* so
       "r"(start.batch)
       : "memory");
 }
+
+// Adds `bytes` of floats in shared memory to those at `target`, both multiples of 16 bytes.
+// What threads wrote must be fenced (fence_async_proxy) before.
+__device__ __forceinline__ void add_bulk(float* target, const float* source, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+      "r"(shared_address(source)), "r"(bytes)
+      : "memory");
+}
+
 // Closes this thread's group of stores; returns once all of its groups have read shared memory.
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 __device__ __forceinline__ void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// Returns once all of this thread's groups are done.
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch(const CUtensorMap& map) {

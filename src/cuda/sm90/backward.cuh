@@ -5,8 +5,8 @@
 // first warpgroup brings what the others need, in two warps: the scheduler finds items and brings
 // their keys, the loader brings Q, dO and what is known of their rows, from item to item without a
 // pause. Two warpgroups consume (backward_by_keys.cuh, backward_by_channels.cuh). dQ is added up in
-// fp32 in global memory, in the order of the registers. tests/python/test_hopper_pipeline.py says
-// who waits for whom.
+// fp32 in global memory, in the order of the registers: where shared memory has room, two more
+// warps have the copy engine do it. tests/python/test_hopper_pipeline.py says who waits for whom.
 #pragma once
 
 #include <array>
@@ -133,8 +133,15 @@ __device__ __forceinline__ void load(const BackwardParams& p, typename C::Smem& 
                                 static_cast<int>(work.at.q.batch)};
       const cuda::BackwardRow* rows =
           p.base.rows + lse_index(p.base.problem.forward, work.at, head, row0);
+      // dO first: consumers were done with that of its stage sooner.
+      if (lane == 0) {
+        smem.dout_empty[at.stage].wait(at.phase ^ 1);
+        smem.dout_full[at.stage].arrive_and_expect(C::QueryTile::kLoadBytes);
+        smem.dout[at.stage].load(0, p.dout, start, smem.dout_full[at.stage]);
+      }
+      __syncwarp();
       smem.q_empty[at.stage].wait(at.phase ^ 1);
-      // Q first, since consumers may wait for it already; its bytes are announced behind.
+      // Then Q, since consumers may wait for it already; its bytes are announced behind.
       ptx::Barrier& q_full = smem.q_full[at.stage];
       if (lane == 0) smem.q[at.stage].load(0, p.q, start, q_full);
       __syncwarp();
@@ -151,13 +158,10 @@ __device__ __forceinline__ void load(const BackwardParams& p, typename C::Smem& 
       const Step next = cuda::settle<C>(group, work, {step.head, step.m_tile + 1, false});
       if (lane == 0) {
         smem.visits[at.stage] = {static_cast<int>(cuda::sums_index(p.base, work, step)),
-                                 work.at.q.length - row0,
                                  p.base.turns == nullptr ? 0 : cuda::turn_of<C>(work, step),
+                                 work.at.q.length - row0,
                                  step.inside && !smem.items[item.stage].holes, next.head == group};
         q_full.arrive_and_expect(C::QueryTile::kLoadBytes);
-        smem.dout_empty[at.stage].wait(at.phase ^ 1);
-        smem.dout_full[at.stage].arrive_and_expect(C::QueryTile::kLoadBytes);
-        smem.dout[at.stage].load(0, p.dout, start, smem.dout_full[at.stage]);
       }
       __syncwarp();
       step = next;
@@ -166,6 +170,49 @@ __device__ __forceinline__ void load(const BackwardParams& p, typename C::Smem& 
     __syncwarp();
     if (lane == 0) smem.item_empty[item.stage].arrive();
   }
+}
+
+// ---- sums ----
+
+// Has the copy engine add a consumer's dQ to dq, step by step.
+template <class C>
+__device__ __forceinline__ void add_sums(const BackwardParams& p, typename C::Smem& smem,
+                                         int consumer) {
+  const int lane = tile::lane();
+  const int channels = consumer == C::kConsumers - 1 ? C::kLastChannels : C::kQueryChannels;
+  const bool ordered = p.base.turns != nullptr;
+#pragma unroll 1
+  for (int phase = 0;; phase ^= 1) {
+    smem.sums_full[consumer].wait(phase);
+    // Of what consumers wrote: the barrier stands between, and the copy engine alone reads it.
+    ptx::fence_async_proxy();
+    const auto [sums, turn] = smem.leaving[consumer];
+    if (sums < 0) break;
+    if (ordered) {
+      if (lane == 0)
+        cuda::wait_for_turn(p.base.turns + std::int64_t{sums} * C::kWriters + consumer, turn);
+      __syncwarp();
+      ptx::fence_all_async_proxy();
+    }
+    if (lane < 4) {
+      ptx::add_bulk(p.base.dq + std::int64_t{sums} * C::kQueryFloats +
+                        BackwardConsumer<C>::warp_sums(consumer, lane),
+                    smem.sums.of[consumer][lane], 16 * channels * static_cast<int>(sizeof(float)));
+      ptx::store_commit();
+      if (ordered)
+        ptx::wait_stores();
+      else
+        ptx::wait_stores_read();
+    }
+    if (ordered) ptx::fence_all_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+      if (ordered) cuda::pass_turn(p.base.turns + std::int64_t{sums} * C::kWriters + consumer);
+      smem.sums_empty[consumer].arrive();
+    }
+    __syncwarp();
+  }
+  if (lane < 4) ptx::wait_stores();
 }
 
 template <class C>
@@ -179,6 +226,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       smem.item_full[i].init(1);
       smem.item_soon[i].init(1);
       smem.item_empty[i].init(C::kWarps + 1);  // of consumers, and the loader
+    }
+    for (int c = 0; c < C::kConsumers; ++c) {
+      smem.sums_full[c].init(4);
+      smem.sums_empty[c].init(1);
     }
     smem.keys_full.init(1);
     smem.keys_empty.init(1);
@@ -197,6 +248,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const int warp = __shfl_sync(~0u, tile::warp(), 0);
     if (warp == 0) schedule<C>(p, smem);
     if (warp == 1) load<C>(p, smem);
+    if constexpr (C::kBulkSums)
+      if (warp >= 2) add_sums<C>(p, smem, warp - 2);
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
     using Consumer = std::conditional_t<C::kByKeys, ByKeys<C>, ByChannels<C>>;

@@ -76,13 +76,14 @@ struct ByChannels : BackwardConsumer<C> {
     smem.dout_full[kStage].wait(phase);
     tile::begin_matmul_nt<typename C::KeyTile, typename C::QueryTile>(
         acc_dp, v_rows, dout_rows + kStage * kQueryTileBytes);
-    this->exponentiate(visit.inside, rows, this->load_pairs(rows.lse_log2));
+    this->exponentiate(acc_s, this->load_pairs(rows.lse_log2));
+    if (!visit.inside) this->hide(acc_s, rows);
     share(smem.steps.weights.at[kStage], acc_s);
     tile::begin_matmul_nn<typename C::ScoreTile, typename C::QueryTile>(
         acc_dv, weights + kStage * kScoreTileBytes, dout_channels + kStage * kQueryTileBytes);
     const RowPairs delta = this->load_pairs(rows.delta);
     tile::wait_matmul<1>(acc_dp);
-    this->differentiate(delta, acc_dp);
+    this->differentiate(acc_s, delta, acc_dp);
     share(smem.steps.ds[kStage], acc_dp);
     tile::begin_matmul_tn<typename C::ScoreTile, typename C::KeyTile>(
         acc_dq, ds + kStage * kScoreTileBytes, k_channels);
@@ -91,7 +92,7 @@ struct ByChannels : BackwardConsumer<C> {
     begin_scores<kNext>(!visit.last, kNext == 0 ? phase ^ 1 : phase);
     tile::wait_matmul<2>(acc_dq);
     this->release(smem.dout_empty[kStage]);
-    this->add_queries(visit.sums, visit.turn, acc_dq);
+    this->add_queries(visit, acc_dq);
     tile::wait_matmul<0>(acc_s);
     this->release(smem.q_empty[kStage]);
     return !visit.last;

@@ -40,31 +40,33 @@ struct BackwardConfig {
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Registers of a thread: no more in all than the 168 that every thread starts with.
-  static constexpr int kProducerRegisters = tile.head_dim > 96 ? 24 : 40;
-  static constexpr int kConsumerRegisters = tile.head_dim > 96 ? 240 : 232;
+  static constexpr int kProducerRegisters = tile.head_dim > 128 ? 24 : 40;
+  static constexpr int kConsumerRegisters = tile.head_dim > 128 ? 240 : 232;
   // Consumers divide the keys, 64 for each; or, where dK and dV of 64 keys take the registers of
   // both, the query rows of the scores and the channels of everything else.
   static constexpr bool kByKeys = tile.tile_n == 64 * kConsumers;
   static constexpr int kScoreRows = kByKeys ? tile.tile_m : tile.tile_m / kConsumers;
   static constexpr int kKeyChannels = kByKeys ? tile.head_dim : 128;
-  // dQ: of a warp 16 query rows, of a consumer a part of the channels, maybe more than there are.
+  // dQ: of a warp 16 query rows, of a consumer half of the rows or a part of the channels, maybe
+  // more than there are.
   static constexpr int kWarps = 4 * kConsumers;
   static constexpr int kQueryM = 1;
-  static constexpr int kQueryParts = kConsumers;
-  static constexpr int kQueryChannels = kByKeys ? (tile.head_dim <= 64 ? 32 : 64) : 128;
+  static constexpr int kQueryParts = tile.tile_m == 64 * kConsumers ? 1 : kConsumers;
+  static constexpr int kQueryChannels = !kByKeys ? 128 : kQueryParts == 1 ? tile.head_dim : 64;
   static constexpr int kLastChannels = tile.head_dim - (kQueryParts - 1) * kQueryChannels;
   static constexpr int kQueryFloats = tile.tile_m * kQueryParts * kQueryChannels;
   static constexpr int kWriters = kConsumers;  // to a tile of dq, of an item
-  static constexpr int kItems = 2;             // found and not finished
-  static constexpr int kSoon = 4;  // steps of the last query head, before which the next is taken
+  static constexpr int kWarpFloats = 16 * kQueryM * kQueryChannels;
+  // There is room for dQ in shared memory, from where the copy engine adds it up.
+  static constexpr bool kBulkSums = kByKeys;
+  static constexpr int kItems = 2;  // found and not finished
+  static constexpr int kSoon = 4;   // steps of the last query head, before which the next is taken
 
   using KeyTile = tile::PanelTile<Element, tile.tile_n, tile.head_dim>;
   using QueryTile = tile::PanelTile<Element, tile.tile_m, tile.head_dim>;
   using ScoreTile = tile::PanelTile<Element, tile.tile_n, tile.tile_m>;
-  using Scores = tile::Accumulator<1, kScoreRows / 8>;
-  using Weights = tile::Operand<1, kScoreRows / 16>;
-  struct Nothing {};
-  using HeldKeys = std::conditional_t<tile.spare, tile::Operand<1, tile.head_dim / 16>, Nothing>;
+  // Of 64 query rows where there are more.
+  using Scores = tile::Accumulator<1, (kScoreRows < 64 ? kScoreRows : 64) / 8>;
   using KeyGradients = tile::Accumulator<1, kKeyChannels / 8>;
   using Queries = tile::Accumulator<1, kQueryChannels / 8>;
   using RoundedQueries = tile::PanelTile<Element, tile.tile_m, kQueryParts * kQueryChannels>;
@@ -76,14 +78,22 @@ struct BackwardConfig {
   };
   // What a consumer must know of a step.
   struct Visit {
-    int sums;     // where dq is added up
-    int rows;     // from the tile's first one to the entry's end
+    int sums;     // the tile of dq that dQ is added to
     int turn;     // as cuda::turn_of()
+    int rows;     // from the tile's first one to the entry's end
     bool inside;  // every row sees all keys of the item, and none is missing
     bool last;    // of the item
   };
+  // What is known of dQ on its way out.
+  struct Leaving {
+    int sums, turn;  // as in Visit; sums < 0: nothing is, and nothing comes
+  };
+  struct Nothing {};
   struct SharedWeights {
     ScoreTile at[tile.stages];
+  };
+  struct SharedSums {
+    float of[kConsumers][4][kWarpFloats];  // of a warp
   };
   // What passes from consumer to consumer in a step.
   struct Steps {
@@ -99,19 +109,22 @@ struct BackwardConfig {
       Steps steps;
       KeyTile out[kOutTiles];
     };
+    [[no_unique_address]] std::conditional_t<kBulkSums, SharedSums, Nothing> sums;
     alignas(16) Rows rows[tile.stages];
     Visit visits[tile.stages];
+    Leaving leaving[kConsumers];
     BackwardItem items[kItems];
     ptx::Barrier item_full[kItems], item_soon[kItems], item_empty[kItems];
     ptx::Barrier keys_full, keys_empty;
     ptx::Barrier q_full[tile.stages], q_empty[tile.stages];  // of Q, its rows and the step
     ptx::Barrier dout_full[tile.stages], dout_empty[tile.stages];
+    ptx::Barrier sums_full[kConsumers], sums_empty[kConsumers];
     float ds_scale;  // what dS is multiplied by before it is rounded
     // Of an item, of a consumer, which writes it itself: the compiler knows of what is read here,
     // unlike of what loops carry, that it is the same in every lane.
     int first_stage[kConsumers];
   };
-  static_assert(tile.tile_m == 64 && tile.stages == 2 && (kByKeys || tile.tile_n == 64));
+  static_assert(tile.stages == 2 && (kByKeys || tile.tile_n == 64));
   static_assert(Score::kScaled);
   static_assert(sizeof(Steps) >= sizeof(KeyTile));
   static_assert(sizeof(Smem) <= 227 * 1024, "the tile does not fit in shared memory");
@@ -158,6 +171,8 @@ struct BackwardConsumer {
   tile::PipelineState<C::kItems> item;  // at hand
   int key_phase = 0;                    // of its keys' barrier
   int phase = 0;                        // of the stages' barriers
+  int sums_phase = 0;                   // of those of dQ on its way out
+  int pair_at;                          // bytes before a lane's first column
   typename C::Scores acc_s;
   typename C::KeyGradients acc_dk, acc_dv;
 
@@ -165,6 +180,8 @@ struct BackwardConsumer {
                                               int consumer)
       : p(params), smem(shared), index(consumer), first_thread(threadIdx.x % 128 == 0) {
     if (first_thread) smem.first_stage[index] = 0;
+    pair_at = static_cast<int>(sizeof(float)) * (first_row() + tile::pair_col(0));
+    asm volatile("" : "+r"(pair_at));  // or it is computed anew in every step
   }
 
   __device__ __forceinline__ const BackwardItem& at_hand() const { return smem.items[item.stage]; }
@@ -212,8 +229,8 @@ struct BackwardConsumer {
         [[likely]]
       return;
     smem.dout_full[kStage].wait(of_phase);
-    const int row = static_cast<int>(threadIdx.x) % 64;
-    if (row >= rows && threadIdx.x % 128 < 64) {
+    const int row = static_cast<int>(threadIdx.x) % 128;
+    if (row >= rows && row < C::tile.tile_m) {
       if (index == 0)
         clear_row(smem.q[kStage], row);
       else
@@ -223,28 +240,34 @@ struct BackwardConsumer {
     ptx::named_sync<2, 256>();
   }
 
+  // Of 64 query rows, of a lane's columns.
+  static constexpr int kFragments = C::kScoreRows < 64 ? C::kScoreRows / 8 : 8;
   struct RowPairs {
-    float2 at[C::kScoreRows / 8];  // of a lane's columns
+    float2 at[kFragments];
   };
+  template <int kFirst = 0>
   __device__ __forceinline__ RowPairs load_pairs(const float* rows) const {
     RowPairs pairs;
 #pragma unroll
-    for (int n = 0; n < C::kScoreRows / 8; ++n)
-      pairs.at[n] = *reinterpret_cast<const float2*>(rows + first_row() + tile::pair_col(n));
+    for (int n = 0; n < kFragments; ++n)
+      pairs.at[n] = *reinterpret_cast<const float2*>(reinterpret_cast<const char*>(rows) + pair_at +
+                                                     32 * (kFirst + n));
     return pairs;
   }
 
   // S^T becomes P^T.
-  __device__ __forceinline__ void exponentiate(bool inside, const typename C::Rows& rows,
-                                               const RowPairs& lse) {
+  __device__ __forceinline__ void exponentiate(typename C::Scores& s, const RowPairs& lse) {
 #pragma unroll
-    for (int n = 0; n < C::kScoreRows / 8; ++n)
+    for (int n = 0; n < kFragments; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float& x = acc_s.at[0][n][i];
+        float& x = s.at[0][n][i];
         x = ptx::exp2(fmaf(x, p.scale_log2e, -(i % 2 == 0 ? lse.at[n].x : lse.at[n].y)));
       }
-    if (inside) return;
+  }
+  // P is 0 where a row does not see the key.
+  template <int kFirst = 0>
+  __device__ __forceinline__ void hide(typename C::Scores& s, const typename C::Rows& rows) {
     const BackwardWork& work = at_hand().work;
     const bool holes = at_hand().holes;
     int key[2];
@@ -254,10 +277,10 @@ struct BackwardConsumer {
         key[slot] = INT_MAX;
     }
 #pragma unroll
-    for (int n = 0; n < C::kScoreRows / 8; ++n) {
+    for (int n = 0; n < kFragments; ++n) {
       const int4 limits =
-          *reinterpret_cast<const int4*>(&rows.limits[first_row() + tile::pair_col(n)]);
-      float(&x)[4] = acc_s.at[0][n];
+          *reinterpret_cast<const int4*>(&rows.limits[first_row() + tile::pair_col(kFirst + n)]);
+      float(&x)[4] = s.at[0][n];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int first = i % 2 == 0 ? limits.x : limits.z, end = i % 2 == 0 ? limits.y : limits.w;
@@ -267,16 +290,17 @@ struct BackwardConsumer {
   }
 
   // dP^T becomes dS^T.
-  __device__ __forceinline__ void differentiate(const RowPairs& delta,
+  __device__ __forceinline__ void differentiate(const typename C::Scores& s, const RowPairs& delta,
                                                 typename C::Scores& acc_dp) const {
+    const float scale = C::kBounded ? smem.ds_scale : 1.f;
 #pragma unroll
-    for (int n = 0; n < C::kScoreRows / 8; ++n)
+    for (int n = 0; n < kFragments; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = acc_dp.at[0][n][i];
-        x = acc_s.at[0][n][i] * (x - (i % 2 == 0 ? delta.at[n].x : delta.at[n].y));
+        x = s.at[0][n][i] * (x - (i % 2 == 0 ? delta.at[n].x : delta.at[n].y));
+        if constexpr (C::kBounded) x *= scale;
       }
-    if constexpr (C::kBounded) tile::scale(acc_dp, smem.ds_scale);
   }
 
   // Without channels that are not there: reductions are what dQ costs.
@@ -285,13 +309,29 @@ struct BackwardConsumer {
       if (index == C::kQueryParts - 1) return tile::add_to_global<C::kLastChannels / 8>(base, acc);
     tile::add_to_global(base, acc);
   }
-  __device__ __forceinline__ void add_queries(int sums, int turn, const typename C::Queries& acc) {
-    const int warp = static_cast<int>(threadIdx.x) % 128 / 32 * C::kQueryParts + index;
-    float* base =
-        p.base.dq + std::int64_t{sums} * C::kQueryFloats + warp * (16 * C::kQueryChannels);
+  // Where a warp's dQ is among those of a tile.
+  static __device__ __forceinline__ int warp_sums(int consumer, int warp) {
+    return (C::kQueryParts == 1 ? 4 * consumer + warp : warp * C::kQueryParts + consumer) *
+           C::kWarpFloats;
+  }
+  // By way of shared memory, without waiting for a reduction.
+  __device__ __forceinline__ void put_queries(const typename C::Visit& visit,
+                                              const typename C::Queries& acc) {
+    smem.sums_empty[index].wait(sums_phase ^ 1);
+    sums_phase ^= 1;
+    tile::store_in_order(smem.sums.of[index][static_cast<int>(threadIdx.x) % 128 / 32], acc);
+    if (first_thread) smem.leaving[index] = {visit.sums, visit.turn};
+    __syncwarp();
+    release(smem.sums_full[index]);
+  }
+  // From the registers.
+  __device__ __forceinline__ void add_queries(const typename C::Visit& visit,
+                                              const typename C::Queries& acc) {
+    float* base = p.base.dq + std::int64_t{visit.sums} * C::kQueryFloats +
+                  warp_sums(index, static_cast<int>(threadIdx.x) % 128 / 32);
     if (p.base.turns == nullptr) return add_channels(base, acc);
-    int* counter = p.base.turns + std::int64_t{sums} * C::kWriters + index;
-    if (first_thread) cuda::wait_for_turn(counter, turn);
+    int* counter = p.base.turns + std::int64_t{visit.sums} * C::kWriters + index;
+    if (first_thread) cuda::wait_for_turn(counter, visit.turn);
     sync_consumer(index);
     add_channels(base, acc);
     sync_consumer(index);
@@ -311,7 +351,7 @@ struct BackwardConsumer {
     }
   }
 
-  // All items, by Consumer's begin() and visit().
+  // All items, by Consumer's visit() and, where a step begins with S complete, begin().
   template <class Consumer>
   static __device__ __forceinline__ void attend_all(Consumer& consumer) {
     Smem& smem = consumer.smem;
@@ -323,14 +363,14 @@ struct BackwardConsumer {
       sync_consumers();  // the item before has left
       smem.item_full[consumer.item.stage].wait(consumer.item.phase);
       const BackwardItem& item = consumer.at_hand();
-      if (item.last) return;
+      if (item.last) break;
       smem.keys_full.wait(consumer.key_phase);
       consumer.acc_dk.clear();
       consumer.acc_dv.clear();
       consumer.clear_missing_keys();
       if (item.work.range.first_tile <= item.work.range.last_tile) {
         const int stage = *static_cast<const volatile int*>(&first_stage);
-        consumer.begin(stage);
+        if constexpr (!C::kByKeys) consumer.begin(stage);
         const int next = visit_all(consumer, stage);
         if (consumer.first_thread) first_stage = next;
       }
@@ -339,6 +379,12 @@ struct BackwardConsumer {
       consumer.store_keys(leads);
       __syncwarp();
       consumer.release(smem.item_empty[consumer.item.stage]);
+    }
+    if constexpr (C::kBulkSums) {
+      smem.sums_empty[consumer.index].wait(consumer.sums_phase ^ 1);
+      if (consumer.first_thread) smem.leaving[consumer.index].sums = -1;
+      __syncwarp();
+      consumer.release(smem.sums_full[consumer.index]);
     }
   }
 

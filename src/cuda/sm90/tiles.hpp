@@ -47,17 +47,14 @@ struct BackwardTile {
   int tile_m;    // query rows per step
   int tile_n;    // keys per CTA: 64 per consumer, or 64 that the consumers share
   int stages;    // of Q and dO each
-  // Registers are left: a consumer's K and V stay in them, and S of the next step is computed
-  // beside dQ and dK.
-  bool spare;
 };
 
 inline constexpr std::array<BackwardTile, 5> kBackwardTiles{{
-    {.head_dim = 64, .tile_m = 64, .tile_n = 128, .stages = 2, .spare = true},
-    {.head_dim = 96, .tile_m = 64, .tile_n = 128, .stages = 2, .spare = false},
-    {.head_dim = 128, .tile_m = 64, .tile_n = 128, .stages = 2, .spare = false},
-    {.head_dim = 192, .tile_m = 64, .tile_n = 64, .stages = 2, .spare = false},
-    {.head_dim = 256, .tile_m = 64, .tile_n = 64, .stages = 2, .spare = false},
+    {.head_dim = 64, .tile_m = 128, .tile_n = 128, .stages = 2},
+    {.head_dim = 96, .tile_m = 64, .tile_n = 128, .stages = 2},
+    {.head_dim = 128, .tile_m = 64, .tile_n = 128, .stages = 2},
+    {.head_dim = 192, .tile_m = 64, .tile_n = 64, .stages = 2},
+    {.head_dim = 256, .tile_m = 64, .tile_n = 64, .stages = 2},
 }};
 
 }  // namespace heed::sm90

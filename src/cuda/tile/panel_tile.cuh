@@ -53,6 +53,7 @@ struct alignas(1024) PanelTile {
   __device__ __forceinline__ Descriptor by_rows(int row = 0) const {
     return Descriptor::at(ptx::shared_address(data) + row * kRowBytes, 16);
   }
+  static constexpr int after_rows(int count) { return count * kRowBytes; }
   static constexpr int along_columns(int step) { return step / 4 * kPanelBytes + step % 4 * 32; }
   // Columns as n, rows as k.
   __device__ __forceinline__ Descriptor by_columns() const {

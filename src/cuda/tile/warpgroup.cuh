@@ -35,25 +35,12 @@ __device__ __forceinline__ void begin_matmul_nt(Accumulator<1, kN>& acc, Descrip
   ptx::wgmma_commit();
 }
 
-// The same with `left` in registers.
-template <class Right, int kK, int kN>
-__device__ __forceinline__ void begin_matmul_nt(Accumulator<1, kN>& acc, const Operand<1, kK>& left,
-                                                Descriptor right) {
-  static_assert(Right::kCols == 16 * kK && Right::kRows == 8 * kN);
-  auto& d = reinterpret_cast<float(&)[4 * kN]>(acc.at);
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kK; ++k)
-    ptx::Wgmma<typename Right::Element, 8 * kN>::template rs<0>(
-        d, left.at[0][k], (right + Right::along_columns(k)).bits(), k > 0);
-  ptx::wgmma_commit();
-}
-
-// Begins acc += left right, the rows of `right` summed over, and closes its group.
+// Begins acc += left right, summed over 16 kK rows of `right` from the descriptor's on, and closes
+// its group.
 template <class Right, int kK, int kN>
 __device__ __forceinline__ void begin_matmul_nn(Accumulator<1, kN>& acc, const Operand<1, kK>& left,
                                                 Descriptor right) {
-  static_assert(Right::kRows == 16 * kK && Right::kCols == 8 * kN);
+  static_assert(Right::kRows % (16 * kK) == 0 && Right::kCols == 8 * kN);
   auto& d = reinterpret_cast<float(&)[4 * kN]>(acc.at);
   ptx::wgmma_fence();
 #pragma unroll
@@ -78,11 +65,12 @@ __device__ __forceinline__ void begin_matmul_nn(Accumulator<1, kN>& acc, Descrip
 }
 
 // Begins acc = left^T right[:, begin .. begin + 8 kN), the rows of both summed over, and closes its
-// group. `left` as PanelTile::by_columns, of 64 columns; `right` likewise, from column `begin` on.
+// group. `left` as PanelTile::by_columns, 64 columns of a panel; `right` likewise, from column
+// `begin` on.
 template <class Left, class Right, int kN>
 __device__ __forceinline__ void begin_matmul_tn(Accumulator<1, kN>& acc, Descriptor left,
                                                 Descriptor right) {
-  static_assert(Left::kRows == Right::kRows && Left::kCols == 64);
+  static_assert(Left::kRows == Right::kRows && Left::kCols % 64 == 0);
   auto& d = reinterpret_cast<float(&)[4 * kN]>(acc.at);
   ptx::wgmma_fence();
 #pragma unroll
@@ -101,17 +89,6 @@ __device__ __forceinline__ void wait_matmul(Accumulator<1, kN>& acc) {
   for (auto& four : acc.at[0])
 #pragma unroll
     for (float& x : four) asm volatile("" : "+f"(x));
-}
-
-// Rows [row, row + 16) of a tile as this warp's left operand.
-template <class Tile>
-__device__ __forceinline__ Operand<1, Tile::kCols / 16> load_matrices(const Tile& tile, int row) {
-  Operand<1, Tile::kCols / 16> a;
-#pragma unroll
-  for (int k = 0; k < Tile::kCols / 16; ++k)
-    ptx::ldmatrix(a.at[0][k],
-                  ptx::shared_address(tile.chunk(row + lane() % 16, 2 * k + lane() / 16)));
-  return a;
 }
 
 // Rows [row, row + 16) of this warp, columns from chunk `from` on; `row` is a multiple of 8, `from`
