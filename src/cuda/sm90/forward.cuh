@@ -484,6 +484,12 @@ struct Consumer {
     tile::mask_columns(acc_s, words, 0);
   }
 
+  // Words of shared memory that are asked for behind the beginning of a product wait for it; before
+  // it, two consumers would wait for their turns the longer.
+  static constexpr bool kAsksFirst = C::tile.consumers == 3;
+  __device__ __forceinline__ bool is_whole(const Work& work, int n) const {
+    return n >= work.whole_begin && n < work.whole_end;
+  }
   // 0 times whatever stands in V for a key that is not there must be 0: clears those rows of tile
   // n.
   __device__ __forceinline__ void clear_missing(const Work& work, int n) {
@@ -570,8 +576,9 @@ struct Consumer {
     for (;;) {
 #pragma unroll 1
       for (; n > tiles.begin; --n) {
+        const bool whole = kAsksFirst && is_whole(smem.work[item.stage], n);
         begin_scores(acc_s);
-        clear_missing(smem.work[item.stage], n);
+        if (!whole) clear_missing(smem.work[item.stage], n);
         begin_out(acc_o, weights);
         pass_turn();
         tile::wait_matmul<1>(acc_s);
