@@ -285,7 +285,7 @@ TEST_F(Hopper, TakesTheBackwardsThatItCan) {
     return made.ok() ? name_of(*made->row) : made.status().message();
   };
   EXPECT_EQ(row(hopper_backward()), "sm90/backward/bf16/hdim128/plain/64x128");
-  EXPECT_EQ(row(hopper_backward(64, 64)), "sm90/backward/bf16/hdim64/plain/64x128");
+  EXPECT_EQ(row(hopper_backward(64, 64)), "sm90/backward/bf16/hdim64/plain/128x128");
   EXPECT_EQ(row(hopper_backward(64, 96)), "sm90/backward/bf16/hdim96/plain/64x128");
   EXPECT_EQ(row(hopper_backward(192, 128)), "sm90/backward/bf16/hdim192/plain/64x64");
   EXPECT_EQ(row(hopper_backward(256, 256)), "sm90/backward/bf16/hdim256/plain/64x64");
