@@ -168,6 +168,7 @@ class DecodeKernel {
     const int first = seen.begin / step_keys * step_keys;
     find_rows(turns[now], w.nothing, at, head0, seen, first, step_keys);
     LinesAhead(turns[now].k, turns[now].live, p_.q.head_dim(), /*turns=*/1).ask();
+    LinesAhead(turns[now].v, turns[now].live, p_.v.head_dim(), /*turns=*/1).ask();
     const int blocks = blocks_of(rows);
     for (std::int64_t head = head0; head < head_end; ++head) {
       const Scratch own = of_head(w, at, head, head - head0, split);
@@ -270,13 +271,13 @@ class DecodeKernel {
     const int blocks = blocks_of(rows);
     const int in_blocks = std::min(blocks * Isa::kLanes, rows);
     const int fours = ceil_div(rows - in_blocks, 4);
-    LinesAhead values_ahead(
-        block.v, block.live, p_.v.head_dim(),
+    LinesAhead keys_ahead(
+        next.k, next.live, p_.q.head_dim(),
         keys / kWide * (blocks * q_depth_ / kChains + fours * (q_words_ / Isa::kLanes)));
-    if (blocks > 0) score_blocks(w, block, blocks, rows, values_ahead);
+    if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
     for (int r = in_blocks; r < rows; r += 4)
       with_rows(rows - r, [&](auto count) {
-        score_rows<decltype(count)::value>(w.q + r * q_words_, block, values_ahead,
+        score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead,
                                            w.s + r * kKeys);
       });
     const Span columns{block.live.begin / C::kPanel * C::kPanel,
@@ -303,11 +304,11 @@ class DecodeKernel {
       return groups * (keys / Operand::kDepth) *
              ceil_div(static_cast<int>(p_.v.head_dim()), vectors * Isa::kLanes);
     };
-    LinesAhead keys_ahead(next.k, next.live, p_.q.head_dim(),
-                          turns(paired / 8, 2) + turns(ceil_div(rows - paired, 4), kWide));
+    LinesAhead values_ahead(next.v, next.live, p_.v.head_dim(),
+                            turns(paired / 8, 2) + turns(ceil_div(rows - paired, 4), kWide));
     const auto values = [&](auto count, auto vectors, int r) {
       value_rows<decltype(count)::value, decltype(vectors)::value>(
-          w.p + r * kLdp, block, keys_ahead, statistics.rescaled + r,
+          w.p + r * kLdp, block, values_ahead, statistics.rescaled + r,
           w.o + std::int64_t{r} * o_columns_);
     };
     if constexpr (kPaired == 8)
@@ -319,8 +320,9 @@ class DecodeKernel {
   }
 
   // The lines of rows, asked for in the order of memory and evenly over the `turns` that a product
-  // takes. Memory then works while the product does. In bursts the prefetches fill the queue of
-  // misses, and the product stands still; in any other order the hardware does not see a stream.
+  // takes, a step before they are needed. Memory then works while the product does. In bursts the
+  // prefetches fill the queue of misses, and the product stands still; in any other order the
+  // hardware does not see a stream. They go to L2, which has room for more misses than L1.
   class LinesAhead {
    public:
     LinesAhead(const Element* const* rows, Span live, std::int64_t columns, int turns)
@@ -336,7 +338,7 @@ class DecodeKernel {
       if (paid_ < due_) return;
       paid_ -= due_;
       for (int i = 0; i < at_once_ && row_ != end_; ++i) {
-        __builtin_prefetch(reinterpret_cast<const char*>(*row_) + at_);
+        __builtin_prefetch(reinterpret_cast<const char*>(*row_) + at_, 0, kIntoL2);
         at_ += kLine;
         if (at_ < row_bytes_) continue;
         at_ = 0;
@@ -346,6 +348,7 @@ class DecodeKernel {
 
    private:
     static constexpr int kLine = 64;
+    static constexpr int kIntoL2 = 2;
     const Element* const* row_;
     const Element* const* end_;
     int row_bytes_;
@@ -417,10 +420,10 @@ class DecodeKernel {
 
   // out[block][i][r] = q[r] · k[i]: a lane is a row, so that nothing has to be reduced.
   template <int kBlocks>
-  void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& values_ahead,
+  void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& keys_ahead,
                    float* out) const {
     constexpr int kParts = kChains / kBlocks;  // of one sum
-    LinesAhead ahead = values_ahead;
+    LinesAhead ahead = keys_ahead;
     const std::int64_t panel = std::int64_t{q_depth_} * Isa::kLanes;
     for (int i = live.begin; i < live.end; i += kWide) {
       Vec acc[kParts][kBlocks][kWide] = {};
@@ -455,14 +458,13 @@ class DecodeKernel {
           Isa::store(out + (b * kKeys + i + j) * Isa::kLanes, sum);
         }
     }
-    values_ahead = ahead;
+    keys_ahead = ahead;
   }
 
-  // s[r][i] = q[r] · k[i], vectors of depth at a time. Asks for values meanwhile, which are needed
-  // next.
+  // s[r][i] = q[r] · k[i], vectors of depth at a time. Asks for the next step's keys meanwhile.
   template <int kRows>
-  void score_rows(const Word* q, const Block& block, LinesAhead& values_ahead, float* s) const {
-    LinesAhead ahead = values_ahead;
+  void score_rows(const Word* q, const Block& block, LinesAhead& keys_ahead, float* s) const {
+    LinesAhead ahead = keys_ahead;
     const int columns = static_cast<int>(p_.q.head_dim());
     for (int i = block.live.begin; i < block.live.end; i += kWide) {
       Vec acc[round_up(4 * kWide, Isa::kLanes)] = {};
@@ -493,15 +495,15 @@ class DecodeKernel {
       }
       for (int r = 0; r < kRows; ++r) std::copy_n(sums + r * kWide, kWide, s + r * kKeys + i);
     }
-    values_ahead = ahead;
+    keys_ahead = ahead;
   }
 
-  // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i]. Asks for the next step's keys
+  // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i]. Asks for the next step's values
   // meanwhile.
   template <int kRows, int kVectors>
-  void value_rows(const Word* p, const Block& block, LinesAhead& keys_ahead, const float* rescaled,
+  void value_rows(const Word* p, const Block& block, LinesAhead& values_ahead, const float* rescaled,
                   float* o) const {
-    LinesAhead ahead = keys_ahead;
+    LinesAhead ahead = values_ahead;
     const int columns = static_cast<int>(p_.v.head_dim());
     constexpr int kStep = kVectors * Isa::kLanes;
     const auto panel = [&](int col, auto whole) __attribute__((always_inline)) {
@@ -532,7 +534,7 @@ class DecodeKernel {
     int col = 0;
     for (; col + kStep <= columns; col += kStep) panel(col, std::true_type());
     if (col < columns) panel(col, std::false_type());
-    keys_ahead = ahead;
+    values_ahead = ahead;
   }
 
   // kLanes words of a row; `whole`: it has as many from there on.
