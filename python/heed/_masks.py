@@ -87,6 +87,11 @@ def slot_interval(
     return torch.maximum(first, before), torch.minimum(end, kv_length - after)
 
 
+def hide_rows(interval: Interval, shown: Tensor) -> Interval:
+    """The interval of a row where `shown` [batch, seqlen_q] is true, and none where it is not."""
+    return tuple(torch.where(shown, bound, 0) for bound in interval)
+
+
 def restarting_documents(mask: Tensor | None, seqlen_q: int, position_ids: Tensor) -> Tensor:
     """Mask int32 [batch, 1, rows, 2] of documents, in `mask`; of several rows only without one.
 
@@ -202,6 +207,17 @@ def read_tree(function: Callable, query: Tensor, padding_mask: Tensor | None) ->
         return None if inner is None else tuple(bound + (query - position) for bound in inner)
     leaf = _LEAVES.get((name, *sorted(free)))
     return None if leaf is None else leaf(query, padding_mask, **free)
+
+
+def is_causal(function: Callable) -> bool:
+    """Whether one of the tree's functions is the causal one, which Transformers composes for
+    self-attention only."""
+    name, free = name_and_closure(function)
+    if "mask_functions" in free:
+        return any(is_causal(part) for part in free["mask_functions"])
+    if "mask_function" in free:
+        return is_causal(free["mask_function"])
+    return name == "causal_mask_function"
 
 
 def name_and_closure(function: Callable) -> tuple[str, dict]:

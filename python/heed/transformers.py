@@ -284,7 +284,8 @@ def key_interval_mask(
     """What the queries see, from the mask function that Transformers composed for them.
 
     Returns key intervals (`_masks.encode`), or a bool mask [batch, 1, seqlen_q, seqlen_k] where
-    `mask_function` is not known, or None where `is_causal` of the layer says it all.
+    `mask_function` is not known, or None where `is_causal` of the layer says it all. In intervals
+    of self-attention a query that is padding itself sees nothing, as in FlashAttention's path.
     """
     queries = _Queries(**call)
     if _ulysses.is_active():
@@ -299,6 +300,11 @@ def key_interval_mask(
     # A model that wants a mask which `is_causal` could replace edits it, so it gets a bool one.
     edits = not may_skip and (causal or bidirectional) and call.get("q_length", 1) > 1
     if not edits:
+        rows_are_slots = (
+            attention_mask is not None
+            and queries.are_slots(kv_length, kv_offset)
+            and (_masks.is_causal(mask_function) or _is_encoder(call.get("config")))
+        )
         # Before Transformers 5.0 the offset of a sliding cache lies on the device.
         band = None if isinstance(kv_offset, Tensor) else _masks.read_band(mask_function)
         if band is not None:
@@ -314,6 +320,7 @@ def key_interval_mask(
                 band.left,
                 band.right,
                 band.chunk,
+                rows_are_slots,
                 queries.device,
             )
         interval = _masks.read_tree(mask_function, queries.all_positions(), attention_mask)
@@ -322,6 +329,8 @@ def key_interval_mask(
             if attention_mask is not None:
                 valid = _masks.valid_keys(attention_mask, kv_offset, kv_length)
             interval = _masks.slot_interval(interval, valid, kv_offset, kv_length)
+            if rows_are_slots:
+                interval = _masks.hide_rows(interval, valid)
             return _masks.encode(interval, valid, batch_size)
 
     mask = sdpa_mask(
@@ -334,6 +343,25 @@ def key_interval_mask(
     )
     # int8 tells `attention_forward` that this is no user's mask, so documents may still cut it.
     return mask if edits or attention_mask is not None else mask.view(torch.int8)
+
+
+# Packages of Transformers whose models make bidirectional masks for self-attention, and for
+# cross-attention only where their config says so. Those of others (SAM 3) do not always say it.
+_ENCODERS = frozenset(
+    f"transformers.models.{name}"
+    for name in (
+        "albert bert camembert distilbert electra ernie esm eurobert gte jina_embeddings_v3 "
+        "modernbert mt5 nomic_bert roberta roberta_prelayernorm t5 umt5 xlm_roberta "
+        "xlm_roberta_xl xmod"
+    ).split()
+)
+
+
+def _is_encoder(config: object) -> bool:
+    """Whether bidirectional masks of this config's models are of self-attention."""
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return False
+    return type(config).__module__.rpartition(".")[0] in _ENCODERS
 
 
 class _Queries:
@@ -366,6 +394,13 @@ class _Queries:
             return self.length == kv_end
         # A static cache has slots after the last query.
         return self.positions is None and self.offset + self.length == kv_end
+
+    def are_slots(self, kv_length: int, kv_offset: int | Tensor) -> bool:
+        """Whether query i of self-attention is known to be the token in key slot i."""
+        if isinstance(kv_offset, Tensor) or not (self._listed or self.positions is None):
+            return False
+        # Listed positions of as many queries as there are slots fill the slots in order.
+        return self.length == kv_length and kv_offset == 0 and self.offset == 0
 
     def all_positions(self) -> Tensor:
         """[1, seqlen_q]"""

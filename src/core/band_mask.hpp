@@ -38,6 +38,10 @@ struct BandMask {
   std::int64_t padding_stride = 1;
   std::int64_t known = 0;
 
+  // Self-attention: row i is the token of slot i, and where padding hides that slot the row sees
+  // nothing.
+  bool rows_are_slots = false;
+
   std::int32_t* out = nullptr;
 
   constexpr std::int64_t bit_rows() const {
@@ -59,6 +63,10 @@ constexpr bool slot_valid(const BandMask& m, std::int64_t entry, std::int64_t sl
   const std::int64_t position = slot + m.kv_offset;
   return slot < m.slots && position < m.known &&
          m.padding[entry * m.padding_batch_stride + position * m.padding_stride];
+}
+
+constexpr bool row_hidden(const BandMask& m, std::int64_t entry, std::int64_t row) {
+  return m.rows_are_slots && m.padding != nullptr && !slot_valid(m, entry, row);
 }
 
 // What a row sees of the range from the first to the last valid slot.
@@ -83,7 +91,7 @@ constexpr SlotRange row_slots(const BandMask& m, std::int64_t entry, std::int64_
 
 constexpr void write_row(const BandMask& m, std::int64_t entry, std::int64_t row,
                          const SlotRange& valid) {
-  const SlotRange range = row_slots(m, entry, row, valid);
+  const SlotRange range = row_hidden(m, entry, row) ? SlotRange{} : row_slots(m, entry, row, valid);
   std::int32_t* pair = m.rows(entry) + 2 * row;
   pair[0] = static_cast<std::int32_t>(clamp64(range.first, INT32_MIN, INT32_MAX));
   pair[1] = static_cast<std::int32_t>(clamp64(range.end, INT32_MIN, INT32_MAX));

@@ -71,10 +71,14 @@ void band_mask(StableIValue* stack, std::uint64_t, std::uint64_t) {
   m.left = a.take<std::int64_t>();
   m.right = a.take<std::int64_t>();
   m.chunk = a.take<std::int64_t>();
+  m.rows_are_slots = a.take<bool>();
   const auto device = a.take<torch::stable::Device>();
   if (m.batch < 0 || m.seqlen_q < 0 || m.slots < 0 || m.kv_offset < 0)
     raise(invalid("batch = ", m.batch, ", seqlen_q = ", m.seqlen_q, ", slots = ", m.slots,
                   ", kv_offset = ", m.kv_offset, " must be at least 0"));
+  if (m.rows_are_slots && m.seqlen_q != m.slots)
+    raise(invalid("seqlen_q = ", m.seqlen_q, " must be slots = ", m.slots,
+                  " with rows_are_slots = true"));
 
   const std::int64_t bit_rows =
       padding ? (m.slots + BandMask::kSlotsPerRow - 1) / BandMask::kSlotsPerRow : 0;

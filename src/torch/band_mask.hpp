@@ -12,7 +12,7 @@ namespace heed::operators {
 inline constexpr const char* kBandMaskSchema =
     "band_mask(Tensor? padding, Tensor? positions, Tensor? chunk_start, SymInt batch, "
     "SymInt seqlen_q, SymInt q_offset, SymInt slots, SymInt kv_offset, int left, int right, "
-    "int chunk, Device device) -> Tensor";
+    "int chunk, bool rows_are_slots, Device device) -> Tensor";
 void band_mask(StableIValue* stack, std::uint64_t num_arguments, std::uint64_t num_results);
 
 }  // namespace heed::operators

@@ -6,8 +6,12 @@ hold exactly, and are compared with eager models in float32 or float64.
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib.util
 import runpy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,7 +180,12 @@ def trees(device: str = DEVICE) -> dict:
     return result
 
 
-def mask_call(function, padding: str, q_length=24, q_offset=0, kv_length=24, kv_offset=0) -> dict:
+BIDIRECTIONAL = ("bidirectional", "two-sided window", "only chunks")
+
+
+def mask_call(
+    function, padding: str, q_length=24, q_offset=0, kv_length=24, kv_offset=0, config=None
+) -> dict:
     mask = padding_mask(padding)
     call = {
         "batch_size": BATCH,
@@ -185,6 +194,7 @@ def mask_call(function, padding: str, q_length=24, q_offset=0, kv_length=24, kv_
         "mask_function": function,
         "attention_mask": None if mask is None else mask.bool(),
         "allow_is_causal_skip": False,
+        "config": config,
     }
     if NEW_SIGNATURE:
         return moved(call | {"q_length": q_length, "q_offset": q_offset, "device": DEVICE})
@@ -204,7 +214,8 @@ def visible(mask: Tensor, q_length: int, kv_length: int) -> Tensor:
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 @pytest.mark.parametrize("name", trees())
 def test_intervals_say_what_sdpa_sees(name, padding):
-    shapes = [{}]
+    """But for rows of padding in self-attention."""
+    shapes = [{}, {"config": transformers.BertConfig()}]
     if "documents" not in name:
         shapes += [
             {"q_length": 5, "q_offset": 19},
@@ -219,6 +230,8 @@ def test_intervals_say_what_sdpa_sees(name, padding):
             assert name in ("causal", "bidirectional") and padding == "none"
             continue
         assert mask.dtype == torch.int32
+        if padding != "none" and ("config" in shape or (not shape and name not in BIDIRECTIONAL)):
+            sdpa = sdpa & call["attention_mask"][:, None, :, None]
         assert torch.equal(visible(mask, sdpa.shape[2], sdpa.shape[3]), sdpa)
 
 
@@ -254,6 +267,7 @@ def test_one_operation_makes_the_mask_of_a_band(name, padding, monkeypatch):
     for dtype in (torch.bool, torch.int64, torch.uint8, torch.float32):
         for shape in (
             {},
+            {"config": transformers.BertConfig()},
             {"q_length": 1, "q_offset": 23},
             {"q_length": 5, "q_offset": 19},
             {"q_length": 0},
@@ -353,11 +367,13 @@ def test_operator_of_bands():
     mask = padding_mask("left")
     start = torch.tensor([3, 0], device=DEVICE)
     for arguments in (
-        (mask.bool(), None, None, BATCH, SEQLEN, 0, SEQLEN, 0, -1, 0, 0, mask.device),
-        (mask, start[0], start, BATCH, 5, 0, 40, 8, 4, -1, 7, mask.device),
-        (None, start[:1], None, BATCH, 5, 0, 40, 0, 4, 4, 0, mask.device),
+        (mask.bool(), None, None, BATCH, SEQLEN, 0, SEQLEN, 0, -1, 0, 0, True, mask.device),
+        (mask, start[0], start, BATCH, 5, 0, 40, 8, 4, -1, 7, False, mask.device),
+        (None, start[:1], None, BATCH, 5, 0, 40, 0, 4, 4, 0, False, mask.device),
     ):
         torch.library.opcheck(heed.ops.band_mask, arguments)
+    with pytest.raises(ValueError, match="seqlen_q = 5 must be slots = 40 with rows_are_slots"):
+        heed.ops.make_band_mask(mask, None, None, BATCH, 5, 0, 40, 0, -1, 0, 0, True, mask.device)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -372,6 +388,130 @@ def test_no_value_reaches_the_host(name, padding):
         one = mask[:1].to(mask.dtype)
         heed._masks.restarting_documents(one, SEQLEN, positions)
         heed._masks.listed_documents(one, SEQLEN, *torch.ones(2, 4, dtype=torch.int32))
+
+
+# ---- rows of padding ----
+
+
+@pytest.mark.parametrize("seqlen", [SEQLEN, 200])
+@pytest.mark.parametrize("padding", ["left", "right", "holes", "all"])
+@pytest.mark.parametrize(
+    ("left", "right", "chunk"), [(-1, 0, 0), (5, 0, 0), (-1, 0, 7), (-1, -1, 0), (4, 4, 0)]
+)
+def test_operator_hides_rows_of_padding(left, right, chunk, padding, seqlen):
+    mask = padding_mask(padding, seqlen=seqlen)
+    start = torch.tensor([3, 0], device=DEVICE) if chunk else None
+    key = torch.arange(seqlen, device=DEVICE)
+    query = key[:, None]
+    seen = mask.bool()[:, None].expand(-1, seqlen, -1)
+    if left >= 0:
+        seen = seen & (key >= query - left)
+    if right >= 0:
+        seen = seen & (key <= query + right)
+    if chunk:
+        chunk_of = (key - start[:, None]).div(chunk, rounding_mode="floor")
+        seen = seen & (chunk_of[:, None] == chunk_of[:, :, None])
+    for rows_are_slots in (False, True):
+        if rows_are_slots:
+            seen = seen & mask.bool()[:, :, None]
+        shape = (BATCH, seqlen, 0, seqlen, 0)
+        band = (left, right, chunk, rows_are_slots)
+        for padding_of in (mask, mask.bool(), mask.t().contiguous().t(), mask.repeat(1, 2)):
+            made = heed.ops.make_band_mask(padding_of, None, start, *shape, *band, mask.device)
+            assert torch.equal(visible(made, seqlen, seqlen)[:, 0], seen)
+    first, end = made[:, 0, :seqlen][mask == 0].unbind(-1)
+    assert (first >= end).all()  # empty, not only without valid keys
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """[batch, seqlen_q, heads, head_dim] of every call of heed.attention that Transformers made."""
+    recorded = []
+
+    def attention(*tensors, **arguments):
+        recorded.append(heed.attention(*tensors, **arguments))
+        return recorded[-1]
+
+    monkeypatch.setattr(heed.transformers, "attention", attention)
+    return recorded
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+@pytest.mark.parametrize("name", [*DECODERS, "gemma3", "bert", "t5"])
+def test_rows_of_padding_are_not_computed(name, padding, attended):
+    """test_outputs_and_gradients shows that nothing else depends on them."""
+    tiny = available(name)
+    if name == "gemma3" and "blocks" not in trees():
+        pytest.skip("this Transformers makes image masks of functions that heed cannot read")
+    real = padding_mask(padding).bool()
+    build(tiny, "heed")(**cast(tiny.inputs(padding), DTYPE))
+    of_tokens = [out for out in attended if out.shape[:2] == real.shape]
+    assert len(of_tokens) == 2
+    for out in of_tokens:
+        assert not out[~real].any()
+        assert out[real].abs().amax((-1, -2)).min() > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+def test_right_padding_changes_nothing(name):
+    tiny = available(name)
+    model = build(tiny, "heed")
+    inputs = tiny.inputs("right")
+    logits = model(**inputs).logits
+    for row, ids, mask in zip(logits, *inputs.values(), strict=True):
+        alone = model(ids[mask.bool()][None]).logits[0]
+        assert_close(row[mask.bool()], alone)
+
+
+def test_documents_leave_rows_of_padding_empty():
+    mask = padding_mask("right", batch=1)
+    call = mask_call(trees()["window"], "none") | {"batch_size": 1, "attention_mask": mask.bool()}
+    made = heed.transformers.key_interval_mask(**call)
+    for cut in (
+        heed._masks.restarting_documents(made, SEQLEN, POSITIONS),
+        heed._masks.listed_documents(made, SEQLEN, CU_SEQLENS, CU_SEQLENS),
+    ):
+        assert not visible(cut, SEQLEN, SEQLEN)[0, 0][mask[0] == 0].any()
+        first, end = cut[0, 0, :SEQLEN][mask[0] == 0].unbind(-1)
+        assert (first >= end).all()
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+@pytest.mark.parametrize("name", ["bart", "t5", "bert"])
+def test_cross_attention_of_equal_lengths(name, padding, calls):
+    """Slots of an encoder that are padding say nothing about the decoder's rows."""
+    tiny = available(name)
+    changes, mask = {}, padding_mask(padding)
+    if name == "bert":
+        tiny = replace(tiny, architecture="BertLMHeadModel")
+        changes = {"is_decoder": True, "add_cross_attention": True}
+        states = randn(BATCH, SEQLEN, 32, generator=torch.Generator().manual_seed(1))
+        inputs = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+    else:
+        inputs = {"attention_mask": mask, "decoder_input_ids": tokens(seed=1)}
+    inputs["input_ids"] = tokens()
+    actual = build(tiny, "heed", **changes)(**inputs).logits
+    eager = build(tiny, "eager", **changes)
+    assert_close(actual, eager(**cast(inputs, torch.float32)).logits)
+    assert calls
+
+
+@pytest.mark.parametrize("package", sorted(heed.transformers._ENCODERS))
+def test_encoders_attend_to_another_only_as_decoders(package):
+    """Which bidirectional masks are of self-attention, in this release of Transformers."""
+    name = package.rpartition(".")[2]
+    try:
+        path = Path(importlib.util.find_spec(package).origin).with_name(f"modeling_{name}.py")
+    except (AttributeError, ModuleNotFoundError):
+        pytest.skip(f"Transformers {transformers.__version__} has no {name}")
+    source = path.read_text()
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("create_bidirectional")
+    ]
+    given = {part.arg: ast.unparse(part.value) for node in calls for part in node.keywords}
+    assert "encoder_hidden_states" not in given or "config.is_decoder" in source
 
 
 # ---- generation ----
