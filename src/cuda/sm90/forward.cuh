@@ -50,7 +50,7 @@ struct ForwardWork {
   SequenceSlice at;
   int head, head_k;
   int split;
-  int row0;                   // first row of the tile
+  int row0, rows;             // of the tile; may be less than the consumers have
   int begin, end;             // tiles of keys that are copied
   TileRange own[kConsumers];  // those that a consumer's rows see; the interior needs no mask
   RowLimits limits[64 * kConsumers];  // of every row
@@ -175,10 +175,16 @@ __device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
   const int row_of_heads = block.item / p.heads;  // packed: 0
   const SequenceSlice at = slice_of(f, packed ? entry : row_of_heads);
   const int before = packed ? static_cast<int>(at.q.token) / C::kTileM + entry : 0;
-  const int row0 = (m_tile - before) * C::kTileM;
-  const int rows = at.q.length - row0;
   // Before the first entry's first tile there is nothing.
-  if (rows <= 0 || row0 < 0) return false;
+  if (m_tile < before) return false;
+  // Consumers without rows have none in the first tile, which sees the least keys under a causal
+  // band; but not where tiles would then no longer end with tiles of keys.
+  const int slabs = ceil_div(at.q.length, 64);
+  const int idle = C::kTileM % kTileN == 0 ? 0 : round_up(slabs, kConsumers) - slabs;
+  const int row_end = C::kTileM * (m_tile - before + 1) - 64 * idle;
+  const int row0 = max_of(0, row_end - C::kTileM);
+  const int rows = min_of(row_end, at.q.length) - row0;
+  if (rows <= 0) return false;
   const int split = index - unsplit * p.splits.value;
   if (lane == 0) {
     work.at = at;
@@ -186,6 +192,7 @@ __device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
     work.head_k = work.head / p.group;
     work.split = split;
     work.row0 = row0;
+    work.rows = rows;
   }
   for (int i = lane; i < C::kTileM; i += 32)
     work.limits[i] = i < rows ? row_limits(f.band, at, f.intervals, row0 + i) : RowLimits{};
@@ -194,7 +201,8 @@ __device__ __forceinline__ bool find_work(const ForwardParams& p, int index,
   if (f.intervals.rows == nullptr) {
     const int first_row = row0 + 64 * lane;
     if (lane < kConsumers)
-      keys = kv_range(f.band, first_row, first_row + 64, at.q.length, at.k.length);
+      keys = kv_range(f.band, first_row, min_of(first_row + 64, row0 + rows), at.q.length,
+                      at.k.length);
   } else {
     __syncwarp();
     for (int c = 0; c < kConsumers; ++c) {
@@ -533,7 +541,7 @@ struct Consumer {
                                                       tile::RowSoftmax<1>& softmax) const {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
-      if (work.row0 + warp_row() + tile::slot_row(slot) >= work.at.q.length)
+      if (warp_row() + tile::slot_row(slot) >= work.rows)
         softmax.max[slot] = kInfinity;
   }
 
@@ -654,7 +662,7 @@ struct Consumer {
   __device__ __forceinline__ void store(const Work& work, typename C::Out& acc_o,
                                         const tile::RowSoftmax<1>& softmax) {
     const ForwardProblem& f = p.problem;
-    const int rows = work.at.q.length - work.row0;
+    const int rows = work.rows;
     const float sink =
         f.sink == nullptr ? -kInfinity : f.sink[work.head] * static_cast<float>(kLog2e);
     const tile::RowResult result[2] = {tile::finish_row(softmax.state(0), sink),
@@ -694,7 +702,7 @@ struct Consumer {
     const Work& work = smem.work[stage];
     if (p.splits.value > 1) {
       const std::int64_t first = first_part(work) + work.row0;
-      const int rows = work.at.q.length - work.row0;
+      const int rows = work.rows;
       cuda::store_part(p.parts, acc_o, softmax, [&](int slot) {
         const int row = warp_row() + tile::slot_row(slot);
         return row < rows ? first + row : std::int64_t{-1};
@@ -709,7 +717,7 @@ struct Consumer {
   // copy of store(), costs every item.
   __device__ __forceinline__ void store_nothing(const Work& work) {
     const ForwardProblem& f = p.problem;
-    const int end = min_of(warp_row() + 16, work.at.q.length - work.row0);
+    const int end = min_of(warp_row() + 16, work.rows);
 #pragma unroll 1
     for (int row = warp_row(); row < end; ++row) {
       if (p.splits.value > 1) {
