@@ -81,9 +81,9 @@ class DecodeKernel {
     bytes_ = layout.bytes();
   }
 
-  // Depends on the entry alone, so that its results do. Few rows wait for memory, so keys and
-  // values of a step are to stay in L1. With more rows they are read from L2 as fast, and longer
-  // steps cost less.
+  // Depends on the entry alone, so that its results do. With few rows short steps, whose keys and
+  // values stay in L1 from the first rows to the last. With more rows they are read from L2 as fast,
+  // and longer steps cost less.
   int keys_of_step(int rows) const {
     const std::int64_t key_bytes =
         (p_.k.head_dim() + p_.v.head_dim()) * static_cast<std::int64_t>(sizeof(Element));
