@@ -70,6 +70,27 @@ def test_dense(mask: str, head_dims: tuple[int, int], dtype: torch.dtype) -> Non
     torch.testing.assert_close(out.float(), expected(q, k, v, mask), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_rows_of_padding(head_dim: int) -> None:
+    """Dozens of tiles one after the other whose rows see nothing; three runs, since what could go
+    wrong is a matter of time."""
+    batch, seqlen, heads = 16, 2048, 32
+    q, k, v = (
+        torch.randn(batch, seqlen, n, head_dim, device=GPU).bfloat16() for n in (heads, 8, 8)
+    )
+    want = heed.attention(q, k, v, causal=True)
+    lengths = torch.linspace(0.02, 1, batch).mul(seqlen).int()
+    row = torch.arange(seqlen)
+    end = torch.where(row < lengths[:, None], row + 1, 0)
+    intervals = torch.stack([torch.zeros_like(end), end], -1).int().to(GPU)
+    hidden = row.to(GPU) >= lengths.to(GPU)[:, None]
+    want[hidden] = 0
+    for _ in range(3):
+        out = heed.attention(q, k, v, intervals=intervals)
+        assert not out[hidden].any()
+        torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+
+
 # An odd and an even number of tiles of 64 query rows.
 @pytest.mark.parametrize("seqlen", [960, SEQLEN])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])

@@ -1,9 +1,10 @@
 """Who waits for whom in src/cuda/sm90/forward.cuh and backward.cuh, without a GPU: models of warps.
 
-Scheduler, loader and consumers are coroutines, each step of which another may follow. They have the
-kernel's barriers, and shared memory holds names instead of tiles. Random items in random orders of
-steps: nobody waits for ever, and every consumer multiplies what it means to, once. A change of a
-kernel's barriers begins with this file.
+Scheduler, loader and consumers are coroutines, each step of which another may follow; a consumer of
+the forward is two, the warp that speaks for the others and one of these. They have the kernel's
+barriers, and shared memory holds names instead of tiles. Random items in random orders of steps:
+nobody waits for ever, and every consumer multiplies what it means to, once. A change of a kernel's
+barriers begins with this file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 
 Step = Iterator[None]
 SOON = 3  # tiles of keys that are left to copy when the next item may be taken
+WARPS = 2  # of a consumer, of which the first gives back what all have read
 
 
 class Barrier:
@@ -32,6 +34,18 @@ class Barrier:
     def wait(self, phase: int) -> Step:
         while self.phases % 2 == phase:
             yield
+
+
+class Meeting:
+    """A named barrier of two: of both consumers, or of the warps of one."""
+
+    def __init__(self) -> None:
+        self.barrier, self.phase = Barrier(2), [0, 0]
+
+    def sync(self, index: int) -> Step:
+        self.barrier.arrive()
+        yield from self.barrier.wait(self.phase[index])
+        self.phase[index] ^= 1
 
 
 @dataclass
@@ -69,7 +83,7 @@ class Kernel:
     chained: bool
     counts: bool  # items are taken from a counter
     items: list[Item]
-    done: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    done: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def barriers(n: int, count: int) -> list[Barrier]:
@@ -77,7 +91,7 @@ class Kernel:
 
         n = self.consumers
         self.work_full, self.work_soon = barriers(self.slots, 1), barriers(self.slots, 1)
-        self.work_empty = barriers(self.slots, n + 1)
+        self.work_empty = barriers(self.slots, WARPS * n + 1)
         self.q_full, self.q_empty = barriers(self.q_slots, 1), barriers(self.q_slots, 1)
         self.k_full, self.v_full = barriers(self.stages, 1), barriers(self.stages, 1)
         self.k_empty, self.v_empty = barriers(self.stages, n), barriers(self.stages, n)
@@ -86,6 +100,7 @@ class Kernel:
         self.k: list = [None] * self.stages
         self.v: list = [None] * self.stages
         self.turn = [c == 0 for c in range(n)]
+        self.joined, self.taken, self.passed = [Meeting() for _ in range(n)], [0] * n, [0] * n
 
     def schedule(self) -> Step:
         at, before = Ring(self.slots), None
@@ -138,19 +153,34 @@ class Kernel:
             self.work_empty[item.stage].arrive()
             item.advance()
 
-    def consume(self, index: int) -> Step:
+    def consume(self, index: int, warp: int) -> Step:
         item, k_at, v_at = Ring(self.slots), Ring(self.stages), Ring(self.stages)
         q_at, most_between = Ring(self.q_slots, index), self.stages - 2
 
         def take_turn() -> Step:
+            yield from self.joined[index].sync(warp)
             while not self.turn[index]:
                 yield
-            self.turn[index] = False
+            self.taken[index] += 1
+            if self.taken[index] == WARPS:
+                self.taken[index], self.turn[index] = 0, False
 
         def pass_turn() -> None:
-            after = (index + 1) % self.consumers
+            self.passed[index] += 1
+            if self.passed[index] < WARPS:
+                return
+            self.passed[index], after = 0, (index + 1) % self.consumers
             assert not self.turn[after], "a turn was passed twice"
             self.turn[after] = True
+
+        def product() -> Step:
+            """Of all warps together, and complete in all of them."""
+            yield from self.joined[index].sync(warp)
+            yield
+
+        def release(empty: Barrier) -> None:
+            if warp == 0:
+                empty.arrive()
 
         def begin_scores(work: Item, n: int) -> Step:
             yield from self.k_full[k_at.stage].wait(k_at.phase)
@@ -159,11 +189,11 @@ class Kernel:
             assert self.q[q_at.stage] == (work.number, index)
 
         def end_scores() -> None:
-            self.k_empty[k_at.stage].arrive()
+            release(self.k_empty[k_at.stage])
             k_at.advance()
 
         def end_queries() -> None:
-            self.q_empty[q_at.stage].arrive()
+            release(self.q_empty[q_at.stage])
             q_at.advance(self.consumers)
 
         def begin_out(work: Item, n: int) -> Step:
@@ -171,7 +201,7 @@ class Kernel:
             assert self.v[v_at.stage] == (work.number, n)
 
         def end_out() -> None:
-            self.v_empty[v_at.stage].arrive()
+            release(self.v_empty[v_at.stage])
             v_at.advance()
 
         def skip_keys() -> Step:
@@ -182,6 +212,7 @@ class Kernel:
 
         def skip_values() -> Step:
             yield from self.v_full[v_at.stage].wait(v_at.phase)
+            yield from self.joined[index].sync(warp)
             end_out()
 
         def skip(count: int) -> Step:
@@ -194,18 +225,18 @@ class Kernel:
             yield from begin_scores(of, n)
             yield from begin_out(before, m)
             pass_turn()
-            yield
+            yield from product()
             end_scores()
             if n == of.own[index][0]:
                 end_queries()
-            yield
+            yield from product()
             end_out()
             seen.append(m)
             for _ in range(between):
                 yield from skip_values()
 
         def leave(stage: int) -> None:
-            self.done[self.work[stage].number, index] = seen.copy()
+            self.done[self.work[stage].number, index, warp] = seen.copy()
             seen.clear()
             self.work_empty[stage].arrive()
 
@@ -214,7 +245,7 @@ class Kernel:
             begin, n = work.own[index][0], work.own[index][1] - 1
             yield from begin_scores(work, n)
             pass_turn()
-            yield
+            yield from product()
             end_scores()
             if n == begin:
                 end_queries()
@@ -242,7 +273,7 @@ class Kernel:
                 leave(left)
                 work, begin, n = then, then.own[index][0], then.own[index][1] - 1
             yield from begin_out(work, n)
-            yield
+            yield from product()
             end_out()
             seen.append(n)
             yield from skip(begin - work.begin)
@@ -256,20 +287,22 @@ class Kernel:
             if work.own[index][0] < work.own[index][1]:
                 yield from attend()
             else:
+                yield from self.joined[index].sync(warp)
                 end_queries()
             leave(item.stage)
             item.advance()
             yield from self.work_full[item.stage].wait(item.phase)
 
     def run(self, order: random.Random) -> None:
-        warps = [self.schedule(), self.load(), *map(self.consume, range(self.consumers))]
+        consumers = [(c, warp) for c in range(self.consumers) for warp in range(WARPS)]
+        warps = [self.schedule(), self.load(), *(self.consume(*which) for which in consumers)]
         run_all(warps, order, self.items)
 
 
 def run_all(warps: list[Step], order: random.Random, what: list) -> None:
     speeds = [order.choice((1, 1, 5, 20)) for _ in warps]
     alive = list(range(len(warps)))
-    for _ in range(200_000):
+    for _ in range(400_000):
         if not alive:
             return
         warp = order.choices(alive, [speeds[w] for w in alive])[0]
@@ -280,10 +313,14 @@ def run_all(warps: list[Step], order: random.Random, what: list) -> None:
 
 def random_items(draw: random.Random, consumers: int, mask: str) -> list[Item]:
     items = []
+    some = 0.4 if mask == "padding" else 1.0  # of the items, whose rows see keys
     for number in range(draw.randint(1, 14)):
         own = []
         for _ in range(consumers):
-            begin = {"causal": 0, "documents": draw.choice((0, 0, 1, 5))}.get(
+            if draw.random() > some:
+                own.append((0, 0))
+                continue
+            begin = {"causal": 0, "padding": 0, "documents": draw.choice((0, 0, 1, 5))}.get(
                 mask, draw.randint(0, 6)
             )
             own.append((begin, begin + draw.randint(mask == "causal", 6)))
@@ -294,7 +331,7 @@ def random_items(draw: random.Random, consumers: int, mask: str) -> list[Item]:
     return items
 
 
-@pytest.mark.parametrize("mask", ["causal", "documents", "any"])
+@pytest.mark.parametrize("mask", ["causal", "documents", "padding", "any"])
 @pytest.mark.parametrize(
     ("consumers", "stages", "slots", "q_slots", "chained"),
     [
@@ -313,25 +350,14 @@ def test_nobody_waits_for_ever(consumers, stages, slots, q_slots, chained, mask)
         kernel = Kernel(consumers, stages, slots, q_slots, chained, counts, items)
         kernel.run(draw)
         assert kernel.done == {
-            (item.number, c): list(range(end - 1, begin - 1, -1))
+            (item.number, c, warp): list(range(end - 1, begin - 1, -1))
             for item in items
             for c, (begin, end) in enumerate(item.own)
+            for warp in range(WARPS)
         }
 
 
 # ---- backward ----
-
-
-class Meeting:
-    """A named barrier of both consumers."""
-
-    def __init__(self) -> None:
-        self.barrier, self.phase = Barrier(2), [0, 0]
-
-    def sync(self, index: int) -> Step:
-        self.barrier.arrive()
-        yield from self.barrier.wait(self.phase[index])
-        self.phase[index] ^= 1
 
 
 class Backward:

@@ -417,6 +417,9 @@ struct Consumer {
 
   __device__ __forceinline__ void take_turn() { Turns<C::tile.consumers>::wait(index); }
   __device__ __forceinline__ void pass_turn() { Turns<C::tile.consumers>::pass(index); }
+  // One thread for all: a product, a turn or sync_warpgroup() must stand between the warps' waiting
+  // for what is given back and this. A warp that still waits when the next copy is complete takes
+  // its phase for the one before, and waits for ever.
   __device__ __forceinline__ void release(ptx::Barrier& empty) {
     if (first_thread) empty.arrive();
   }
@@ -465,6 +468,7 @@ struct Consumer {
   }
   __device__ __forceinline__ void skip_values() {
     smem.v_full[v_at.stage].wait(v_at.phase);
+    sync_warpgroup(index);
     end_out();
   }
   __device__ __forceinline__ void skip(int count) {
@@ -746,6 +750,7 @@ struct Consumer {
         attend();
         continue;
       }
+      sync_warpgroup(index);  // there may have been no tile to let pass
       end_queries();
       store_nothing(work);
       end_item(item.stage);
