@@ -143,6 +143,11 @@ std::vector<const KernelRow*> runnable_rows() {
   for (const KernelRow& row : registry())
     if (name_of(row).starts_with(wanted == nullptr ? "" : wanted) && machine_runs(row))
       rows.push_back(&row);
+  if (rows.empty()) {
+    std::fprintf(stderr, "HEED_TEST_ROWS = %s: this machine runs no kernel whose name begins so\n",
+                 wanted);
+    std::exit(1);
+  }
   return rows;
 }
 
