@@ -82,8 +82,8 @@ class DecodeKernel {
   }
 
   // Depends on the entry alone, so that its results do. With few rows short steps, whose keys and
-  // values stay in L1 from the first rows to the last. With more rows they are read from L2 as fast,
-  // and longer steps cost less.
+  // values stay in L1 from the first rows to the last. With more rows they are read from L2 as
+  // fast, and longer steps cost less.
   int keys_of_step(int rows) const {
     const std::int64_t key_bytes =
         (p_.k.head_dim() + p_.v.head_dim()) * static_cast<std::int64_t>(sizeof(Element));
@@ -277,8 +277,7 @@ class DecodeKernel {
     if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
     for (int r = in_blocks; r < rows; r += 4)
       with_rows(rows - r, [&](auto count) {
-        score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead,
-                                           w.s + r * kKeys);
+        score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
       });
     const Span columns{block.live.begin / C::kPanel * C::kPanel,
                        round_up(block.live.end, C::kPanel)};
@@ -501,8 +500,8 @@ class DecodeKernel {
   // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i]. Asks for the next step's values
   // meanwhile.
   template <int kRows, int kVectors>
-  void value_rows(const Word* p, const Block& block, LinesAhead& values_ahead, const float* rescaled,
-                  float* o) const {
+  void value_rows(const Word* p, const Block& block, LinesAhead& values_ahead,
+                  const float* rescaled, float* o) const {
     LinesAhead ahead = values_ahead;
     const int columns = static_cast<int>(p_.v.head_dim());
     constexpr int kStep = kVectors * Isa::kLanes;

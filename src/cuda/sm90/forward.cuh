@@ -545,8 +545,7 @@ struct Consumer {
                                                       tile::RowSoftmax<1>& softmax) const {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
-      if (warp_row() + tile::slot_row(slot) >= work.rows)
-        softmax.max[slot] = kInfinity;
+      if (warp_row() + tile::slot_row(slot) >= work.rows) softmax.max[slot] = kInfinity;
   }
 
   // Tiles of keys that the warpgroup lets pass between those that it sees in two items: at most so
