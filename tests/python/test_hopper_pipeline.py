@@ -302,7 +302,7 @@ class Kernel:
 def run_all(warps: list[Step], order: random.Random, what: list) -> None:
     speeds = [order.choice((1, 1, 5, 20)) for _ in warps]
     alive = list(range(len(warps)))
-    for _ in range(400_000):
+    for _ in range(200_000):
         if not alive:
             return
         warp = order.choices(alive, [speeds[w] for w in alive])[0]
