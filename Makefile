@@ -10,6 +10,8 @@ SUBSET ?= */size_97x193_causal:*/layout_*
 QUERY ?= Why does a violin sound different from a flute?
 # For fuzz: how long each target runs.
 SECONDS_EACH ?= 3600
+# For test-gpu: processes of pytest, each with a context and tensors of its own on the GPU.
+WORKERS ?= 4
 # RECORD=1 writes versions and numbers of tests to benchmarks/results/tests.json.
 RECORD ?=
 REPORTS := $(abspath build/reports)
@@ -76,7 +78,7 @@ test-gpu-cpp: gpu build-ci  ## tile operations, and every GPU kernel against the
 	$(PATHS) ctest --preset gpu -j $$(nproc) $(call ctest_report,gpu-cpp.xml)
 
 test-gpu-python: gpu $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## PyTorch, Transformers and flash_api on the GPU
-	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest -n 4 --dist worksteal $(call pytest_report,gpu-python.xml) tests/python tests/gpu
+	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(call pytest_report,gpu-python.xml) tests/python tests/gpu
 
 test-multi-gpu: gpu $(VENV)/.heed $(VENV)/.model $(VENV)/.test  ## two GPUs train and generate as one; skipped where there is one
 	HEED_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest -rs tests/gpu/test_multi_gpu.py

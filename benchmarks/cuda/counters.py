@@ -12,9 +12,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from kernels import HIDDEN, ROOT, TOKENS, forward_calls, randn, works
+from kernels import HIDDEN, ROOT, TOKENS, forward_calls, mask_cases, randn, works
 from machine import machine
 
 # head_dim, seqlen, causal
@@ -29,6 +31,7 @@ CASES = (
     (128, 8192, True),
     (256, 8192, False),
 )
+MASKED = ((64, "window"), (128, "window"), (64, "packed"), (128, "packed"))  # of mask_cases
 METRICS = {
     "us": "gpu__time_duration.sum",
     "cycles": "sm__cycles_elapsed.max",
@@ -49,18 +52,34 @@ KERNELS = {
 }
 
 
+def cases() -> Iterator[tuple[str, dict[str, Callable]]]:
+    """Names, and calls by peer."""
+    for d, seqlen, causal in CASES:
+        q, k, v = (randn(TOKENS // seqlen, seqlen, HIDDEN // d, d) for _ in range(3))
+        name = f"d{d} {TOKENS // seqlen}x{seqlen} {'causal' if causal else 'full'}"
+        yield name, forward_calls(q, k, v, causal)
+    for d, which in MASKED:
+        for name, case in mask_cases(d).items():
+            if which in name:
+                calls = {peer: partial(call, *case.tensors) for peer, call in case.calls.items()}
+                yield f"d{d} {name}", calls
+
+
+LAUNCHED = "launched "  # begins a line that says what was launched: case, peer
+
+
 @torch.no_grad()
 def launch_all() -> None:
     """What ncu looks at: every case by every peer, once. What comes before is not looked at."""
-    for d, seqlen, causal in CASES:
-        q, k, v = (randn(TOKENS // seqlen, seqlen, HIDDEN // d, d) for _ in range(3))
-        for peer, call in forward_calls(q, k, v, causal).items():
-            if peer in KERNELS and works(call, peer):
+    for name, calls in cases():
+        for peer, call in calls.items():
+            if peer in KERNELS and works(call, f"{peer}, {name}"):
                 torch.cuda.synchronize()
                 torch.cuda.profiler.start()
                 call()
                 torch.cuda.synchronize()
                 torch.cuda.profiler.stop()
+                print(f"{LAUNCHED}{name}, {peer}", flush=True)
 
 
 def measure() -> list[dict]:
@@ -73,38 +92,37 @@ def measure() -> list[dict]:
     done = subprocess.run(
         [*command, sys.executable, __file__, "--launch"], capture_output=True, text=True
     )
-    rows = [row for row in csv.reader(done.stdout.splitlines()) if len(row) > len(METRICS)]
+    lines = done.stdout.splitlines()
+    rows = [row for row in csv.reader(lines) if len(row) > len(METRICS)]
     if done.returncode or not rows:
         sys.exit(f"ncu measured nothing:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     head, launches = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
     assert set(METRICS.values()) <= set(head), (
         f"ncu does not know {set(METRICS.values()) - set(head)}"
     )
-    cells = [{"shape": name_of(*case), "peers": {}} for case in CASES]
+    asked = [x.removeprefix(LAUNCHED).split(", ") for x in lines if x.startswith(LAUNCHED)]
+    cells = {name: {"shape": name, "peers": {}} for name, _ in asked}
     names = sorted({launch["Kernel Name"] for launch in launches})
     for peer in KERNELS:
         own = [x for x in launches if peer_of(x["Kernel Name"]) == peer]
-        if len(own) != len(CASES):
-            said = f"{peer}: {len(own)} launches, {len(CASES)} were expected, of {names}"
+        shapes = [name for name, of in asked if of == peer]
+        if len(own) != len(shapes):
+            said = f"{peer}: {len(own)} launches, {len(shapes)} were expected, of {names}"
             if peer == "heed":
                 sys.exit(said)
-            print(f"left out: {said}")  # a peer need not be there, nor take every case
+            print(f"left out: {said}")
             continue
-        for cell, launch in zip(cells, own, strict=True):
-            cell["peers"][peer] = {
+        for shape, launch in zip(shapes, own, strict=True):
+            cells[shape]["peers"][peer] = {
                 name: float(launch[metric].replace(",", "")) * UNITS.get(name, 1.0)
                 for name, metric in METRICS.items()
             }
-    return cells
+    return list(cells.values())
 
 
 def peer_of(kernel: str) -> str | None:
     """Whose kernel has this mangled name."""
     return next((peer for peer, own in KERNELS.items() if re.search(own, kernel)), None)
-
-
-def name_of(d: int, seqlen: int, causal: bool) -> str:
-    return f"d{d} {TOKENS // seqlen}x{seqlen} {'causal' if causal else 'full'}"
 
 
 def main() -> None:

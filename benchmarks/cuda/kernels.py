@@ -10,7 +10,9 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,7 @@ def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) ->
 
 try:
     from flash_attn.cute import flash_attn_func as fa4
+    from flash_attn.cute import flash_attn_varlen_func as fa4_varlen
 except ImportError:
     fa4 = None
 
@@ -216,67 +219,132 @@ def visited(first: Tensor, end: Tensor) -> float:
     return 128.0 * 128 * float(((most + 127) // 128 - least // 128).sum())
 
 
-@torch.no_grad()
+class Mask(NamedTuple):
+    """What is not a square of dense tensors; work in FLOPs of the forward."""
+
+    tensors: tuple[Tensor, ...]
+    calls: dict[str, Callable]  # by peer: from q, k and v to out
+    flops: float
+    tiles: float  # of the tiles that must be visited
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, ends: Tensor | None = None):
+    """PyTorch's flash kernel itself: SDPA gives it neither a window nor packed documents. Causal;
+    `left`: keys before a row's own; `ends`: documents, of no more tokens than LENGTHS have."""
+    longest = (q.shape[1], k.shape[1]) if ends is None else (max(LENGTHS), max(LENGTHS))
+    window = {} if left is None else {"window_size_left": left, "window_size_right": 0}
+    op = torch.ops.aten._flash_attention_forward
+    return op(q, k, v, ends, ends, *longest, 0.0, True, False, **window)[0]
+
+
+def fa4_alone(call: Callable) -> Callable:
+    """FA4's functions return out, or out and lse."""
+
+    def out_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = call(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
+
+    return out_of
+
+
+LENGTHS = (100, 3000, 700, 2500, 1892)  # of packed documents
+MASKED_LENGTH = sum(LENGTHS)
+WINDOW = 1024
+
+
+def mask_cases(d: int) -> dict[str, Mask]:
+    batch, n, heads = 2, MASKED_LENGTH, HIDDEN // d
+    q, k, v = (randn(batch, n, heads, d) for _ in range(3))
+    rows = torch.arange(n, device="cuda", dtype=torch.int32)
+    triangle = torch.stack([torch.zeros_like(rows), rows + 1], -1)[None].contiguous()
+    lengths = torch.tensor(LENGTHS, device="cuda")
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    first = torch.repeat_interleave(ends[:-1], lengths, output_size=n)
+    documents = torch.stack([first, rows + 1], -1)[None].contiguous()
+    square = 4.0 * batch * heads * d * n * n / 2
+    share = sum(length**2 for length in LENGTHS) / n**2
+    window = square * (2 * WINDOW / n - (WINDOW / n) ** 2)
+    pair = 4.0 * batch * heads * d
+    dense_tiles = pair * visited(0 * rows, rows + 1)
+
+    def calls(ours: dict, of_flash: dict | None = None, of_fa4: dict | None = None) -> dict:
+        found = {"heed": partial(heed.attention, **ours)}
+        if of_flash is not None:
+            found["flash"] = partial(flash, **of_flash)
+        if of_fa4 is not None and fa4 is not None:
+            packed = "cu_seqlens_q" in of_fa4
+            found["fa4"] = fa4_alone(partial(fa4_varlen if packed else fa4, **of_fa4))
+        return found
+
+    causal = {"causal": True}
+    lists = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    lists |= {"max_seqlen_q": max(LENGTHS), "max_seqlen_k": max(LENGTHS)}
+    cases = {
+        "causal": Mask((q, k, v), calls(causal, {}, causal), square, dense_tiles),
+        "causal by intervals": Mask((q, k, v), calls({"intervals": triangle}), square, dense_tiles),
+        f"window {WINDOW}": Mask(
+            (q, k, v),
+            calls(
+                causal | {"left": WINDOW - 1},
+                {"left": WINDOW - 1},
+                causal | {"window_size": (WINDOW - 1, 0)},
+            ),
+            window,
+            pair * visited((rows - WINDOW + 1).clamp(min=0), rows + 1),
+        ),
+    }
+    for group in (4, 8):
+        few = (t[:, :, : heads // group].contiguous() for t in (k, v))
+        cases[f"GQA {group}:1"] = Mask((q, *few), calls(causal, {}, causal), square, dense_tiles)
+    cases[f"{len(LENGTHS)} documents by intervals"] = Mask(
+        (q, k, v),
+        calls({"intervals": documents}),
+        square * share,
+        pair * visited(first, rows + 1),
+    )
+    cases[f"{len(LENGTHS)} documents packed"] = Mask(
+        tuple(t[0].contiguous() for t in (q, k, v)),
+        calls(causal | lists, {"ends": ends}, causal | lists),
+        square * share / 2,
+        pair / 2 * sum(visited(0 * rows[:x], rows[:x] + 1) for x in LENGTHS),
+    )
+    return cases
+
+
+def gradients_call(call: Callable, tensors: tuple[Tensor, ...], dout: Tensor) -> Callable:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = call(*leaves)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
 def masks() -> list[dict]:
-    """What is not a square of dense tensors, in turns with the dense causal case of that size; its
-    rate per FLOP of the tiles that must be visited, over that one's."""
+    """Every mask in turns with the dense causal case of that size, and with the peers that take it;
+    heed's rate per FLOP of the tiles that must be visited, over its rate of the dense case."""
     cells = []
     for d in (64, 128):
-        batch, n, heads = 2, 8192, HIDDEN // d
-        q, k, v, dout = (randn(batch, n, heads, d) for _ in range(4))
-        rows = torch.arange(n, device="cuda", dtype=torch.int32)
-        triangle = torch.stack([torch.zeros_like(rows), rows + 1], -1)[None].contiguous()
-        lengths = torch.tensor([100, 3000, 700, 2500, 1892], device="cuda")
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        first = torch.repeat_interleave(ends[:-1], lengths, output_size=n)
-        documents = torch.stack([first, rows + 1], -1)[None].contiguous()
-        square = 4.0 * batch * heads * d * n * n / 2
-        share = float((lengths.double() ** 2).sum() / n**2)
-        window = square * (2 * 1024 / n - (1024 / n) ** 2)
-        few, fewer = ((t[:, :, : heads // g].contiguous() for t in (k, v)) for g in (4, 8))
-        pair = 4.0 * batch * heads * d
-        dense_tiles = pair * visited(0 * rows, rows + 1)
-        alone = [rows[:length] for length in lengths.tolist()]
-        cases = {
-            "causal": ((q, k, v), {"causal": True}, square, dense_tiles),
-            "causal by intervals": ((q, k, v), {"intervals": triangle}, square, dense_tiles),
-            "window 1024": (
-                (q, k, v),
-                {"causal": True, "left": 1023},
-                window,
-                pair * visited((rows - 1023).clamp(min=0), rows + 1),
-            ),
-            "GQA 4:1": ((q, *few), {"causal": True}, square, dense_tiles),
-            "GQA 8:1": ((q, *fewer), {"causal": True}, square, dense_tiles),
-            "5 documents by intervals": (
-                (q, k, v),
-                {"intervals": documents},
-                square * share,
-                pair * visited(first, rows + 1),
-            ),
-        }
-        packed = tuple(t[0].contiguous() for t in (q, k, v))
-        lists = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 3000}
-        cases["5 documents packed"] = (
-            packed,
-            {"causal": True, **lists},
-            square * share / 2,
-            pair / 2 * sum(visited(0 * r, r + 1) for r in alone),
-        )
+        cases = mask_cases(d)
         for which, factor in (("forward", 1.0), ("backward", 2.5)):
             calls = {}
-            for name, (tensors, options, *_) in cases.items():
-                grad = dout[0].contiguous() if tensors[0].dim() == 3 else dout
-                if which == "forward":
-                    calls[name] = forward_call(*tensors, **options)
-                else:
-                    with torch.enable_grad():
-                        calls[name] = backward_call(*tensors, grad, **options)
-            ms = medians(calls)
-            for name, (_, _, flops, tiles) in cases.items():
-                shape = f"d{d} {batch}x{n} {name}"
-                result = cell(which, shape, factor * flops, "TFLOPS", {"heed": ms[name]})
-                result["over_dense"] = tiles / ms[name] / (dense_tiles / ms["causal"])
+            for name, case in cases.items():
+                for peer, call in case.calls.items():
+                    with torch.set_grad_enabled(which == "backward"):
+                        if not works(lambda c=call, t=case.tensors: c(*t), f"{peer}, d{d} {name}"):
+                            continue
+                        if which == "forward":
+                            calls[name, peer] = partial(call, *case.tensors)
+                            continue
+                        dout = torch.randn_like(case.tensors[0])
+                        mine = gradients_call(call, case.tensors, dout)
+                        if works(mine, f"{peer}'s backward, d{d} {name}"):
+                            calls[name, peer] = mine
+            with torch.set_grad_enabled(which == "backward"):
+                taken = medians(calls)
+            for name, case in cases.items():
+                ms = {peer: t for (of, peer), t in taken.items() if of == name}
+                shape = f"d{d} 2x{MASKED_LENGTH} {name}"
+                result = cell(which, shape, factor * case.flops, "TFLOPS", ms)
+                dense_rate = cases["causal"].tiles / taken["causal", "heed"]
+                result["over_dense"] = case.tiles / ms["heed"] / dense_rate
                 print(f"{'':16} per FLOP of its tiles {result['over_dense']:.3f}x dense causal")
                 cells.append(result)
     return cells

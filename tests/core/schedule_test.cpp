@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <random>
@@ -16,15 +17,18 @@ namespace {
 TEST(Schedule, EveryTileOfEveryItemIsVisitedOnce) {
   for (const int items : {1, 2, 7, 64})
     for (const int at_once : {1, 2, 5, 64, 100})
-      for (const int tiles : {1, 3, 16}) {
-        std::set<std::pair<int, int>> seen;
-        for (int block = 0; block < items * tiles; ++block) {
-          const ItemTile at = ItemOrder(items, at_once, tiles).at(block);
-          EXPECT_TRUE(at.item >= 0 && at.item < items && at.tile >= 0 && at.tile < tiles);
-          EXPECT_TRUE(seen.insert({at.item, at.tile}).second);
+      for (const int tiles : {1, 3, 16})
+        for (const int least : {0, 1, 7, 40, 5000}) {
+          const ItemOrder order(items, at_once, tiles, least);
+          std::set<std::pair<int, int>> seen;
+          for (int block = 0; block < items * tiles; ++block) {
+            const ItemTile at = order.at(block);
+            EXPECT_TRUE(at.item >= 0 && at.item < items && at.tile >= 0 && at.tile < tiles);
+            EXPECT_TRUE(seen.insert({at.item, at.tile}).second);
+          }
+          EXPECT_EQ(seen.size(), static_cast<std::size_t>(items * tiles));
+          EXPECT_GE(order.in_last.value * tiles, std::min(least, items * tiles));
         }
-        EXPECT_EQ(seen.size(), static_cast<std::size_t>(items * tiles));
-      }
 }
 
 TEST(Schedule, FirstTilesOfATurnComeFirst) {
@@ -35,6 +39,44 @@ TEST(Schedule, FirstTilesOfATurnComeFirst) {
   EXPECT_EQ(kOrder.at(4).tile, 1);
   EXPECT_EQ(kOrder.at(12).item, 4);  // the second turn has two items
   EXPECT_EQ(kOrder.at(14).tile, 1);
+}
+
+TEST(Schedule, ALastTurnOfTooFewBlocksJoinsTheOneBefore) {
+  constexpr ItemOrder kOrder(6, 4, 3, 7);  // of the two items that are left over, three are wanted
+  EXPECT_EQ(kOrder.in_last.value, 6);
+  EXPECT_EQ(kOrder.at(5).item, 5);
+  EXPECT_EQ(kOrder.at(6).tile, 1);
+  constexpr ItemOrder kLonger(10, 4, 3, 7);
+  EXPECT_EQ(kLonger.at(11).item, 3);
+  EXPECT_EQ(kLonger.at(12).item, 4);  // the second turn has six
+  EXPECT_EQ(kLonger.at(17).item, 9);
+  EXPECT_EQ(kLonger.at(18).tile, 1);
+}
+
+ForwardProblem problem_of_heads() {
+  ForwardProblem f;
+  f.q = contiguous(static_cast<const void*>(nullptr), DType::bf16, {2, 8192, 32, 128});
+  f.k = f.v = f.q;
+  return f;
+}
+
+TEST(Schedule, HeadsShareL2ByTheKeysThatTheirRowsSee) {
+  ForwardProblem f = problem_of_heads();
+  f.band = kCausal;
+  EXPECT_EQ(items_in_l2(f), 5);  // of 4 MiB
+  f.band = sliding_window(1023);
+  EXPECT_EQ(items_in_l2(f), 40);  // of 512 KiB
+  f.band = chunked(4096);
+  EXPECT_EQ(items_in_l2(f), 10);
+  f.band = {.left = 0, .right = 0};
+  EXPECT_EQ(items_in_l2(f), 64);  // all
+}
+
+TEST(Schedule, OnlyItemsThatDifferNeedALastTurn) {
+  ForwardProblem f = problem_of_heads();
+  EXPECT_EQ(least_last_blocks(f, 132), 1);
+  f.band = kCausal;
+  EXPECT_EQ(least_last_blocks(f, 132), 264);
 }
 
 TEST(Schedule, OrdersOfNothingAndOfTooMuchCanBeMade) {

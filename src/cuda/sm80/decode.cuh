@@ -121,7 +121,7 @@ Status launch_decode(const Plan& plan, const ForwardProblem& f, Workspace worksp
   if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
   if (f.k.heads() == 0) return {};
   WorkspaceLayout layout(workspace);
-  ForwardParams params = forward_params<C>(f);
+  ForwardParams params = forward_params<C>(plan, f);
   const std::int64_t rows = max_seqlen_q(f) * params.group.value;
   const int splits = plan.splits > 1 ? plan.splits : 1;
   params.heads_k = Divisor(static_cast<int>(f.k.heads()));

@@ -420,14 +420,15 @@ __global__ void __launch_bounds__(C::kThreads, C::tile.ctas)
 // ---- host ----
 
 template <class C>
-ForwardParams forward_params(const ForwardProblem& f) {
+ForwardParams forward_params(const Plan& plan, const ForwardProblem& f) {
   const cuda::Scale scale = cuda::scale_of(f);
   ForwardParams p{};
   p.problem = f;
   p.scale = scale.size;
   p.negative = scale.negative;
   p.m_tiles = static_cast<int>((max_seqlen_q(f) + C::tile.tile_m - 1) / C::tile.tile_m);
-  p.order = ItemOrder(static_cast<int>(f.q.heads() * batch_entries(f)), items_in_l2(f), p.m_tiles);
+  p.order = ItemOrder(static_cast<int>(f.q.heads() * batch_entries(f)), items_in_l2(f), p.m_tiles,
+                      least_last_blocks(f, std::int64_t{plan.workers} * C::tile.ctas));
   p.group = Divisor(f.k.heads() == 0 ? 1 : static_cast<int>(f.q.heads() / f.k.heads()));
   p.q_wide = is_wide(f.q);
   p.k_wide = is_wide(f.k);
@@ -437,9 +438,9 @@ ForwardParams forward_params(const ForwardProblem& f) {
 }
 
 template <class C>
-Status launch_forward(const Plan&, const ForwardProblem& f, Workspace, Queue queue) {
+Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace, Queue queue) {
   if (Status s = cuda::fill_gaps_of_forward(f, queue.stream); !s.ok()) return s;
-  const ForwardParams params = forward_params<C>(f);
+  const ForwardParams params = forward_params<C>(plan, f);
   return cuda::launch<forward<C>>({.blocks = std::int64_t{params.order.items} * params.m_tiles,
                                    .threads = C::kThreads,
                                    .smem_bytes = sizeof(typename C::Smem)},

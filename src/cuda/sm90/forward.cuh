@@ -812,18 +812,10 @@ std::int64_t item_count(const ForwardProblem& f) {
   return f.q.seqlen() == 0 ? 0 : m_tiles_of<C>(f) * heads_of(f);
 }
 
-// Whether every item takes the same time.
-inline bool alike(const ForwardProblem& f) {
-  const Sequences& s = f.sequences;
-  return f.q.rank == 4 && f.k.rank == 4 && s.start_q == nullptr && s.start_k == nullptr &&
-         s.seqused_q == nullptr && s.seqused_k == nullptr && f.band == kFull &&
-         f.intervals.rows == nullptr;
-}
-
 // Where items differ and CTAs have several, who is done first takes the next one.
 template <class C>
 bool counts_items(const Plan& plan, const ForwardProblem& f) {
-  return !alike(f) && plan.splits * item_count<C>(f) > plan.workers;
+  return !items_alike(f) && plan.splits * item_count<C>(f) > plan.workers;
 }
 
 // Heads whose items are computed together. Items that are alike need no light ones to end with:
@@ -835,7 +827,7 @@ int items_at_once(const Plan& plan, const ForwardProblem& f) {
   constexpr std::int64_t kShort = 4;  // tiles; measured on an H100: 2 to 4 % faster, with 8 slower
   const std::int64_t tiles = m_tiles_of<C>(f), wave = (plan.workers + tiles - 1) / tiles;
   const std::int64_t fit = items_in_l2(f);
-  return static_cast<int>((alike(f) || tiles <= kShort) && wave < fit ? wave : fit);
+  return static_cast<int>((items_alike(f) || tiles <= kShort) && wave < fit ? wave : fit);
 }
 
 struct ForwardMemory {
@@ -875,7 +867,8 @@ Status launch_forward(const Plan& plan, const ForwardProblem& f, Workspace works
   p.problem = f;
   p.scale = cuda::scale_of(f).size;
   p.m_tiles = static_cast<int>(m_tiles_of<C>(f));
-  p.order = ItemOrder(static_cast<int>(heads_of(f)), items_at_once<C>(plan, f), p.m_tiles);
+  p.order = ItemOrder(static_cast<int>(heads_of(f)), items_at_once<C>(plan, f), p.m_tiles,
+                      least_last_blocks(f, plan.workers));
   p.heads = Divisor(static_cast<int>(f.q.heads()));
   p.group = Divisor(static_cast<int>(f.q.heads() / f.k.heads()));
   p.boxes = page_size > 0 && page_size < C::tile.tile_n ? C::tile.tile_n / page_size : 1;
