@@ -38,7 +38,7 @@ record = $(if $(RECORD),$(1)/bin/python scripts/record_tests.py $(2) --command "
 
 .PHONY: help demo test test-cpp test-python test-oldest wheel hub test-gpu test-gpu-cpp test-gpu-python \
   test-multi-gpu bench-multi-gpu \
-  sanitize-gpu asan tsan test-aarch64 fuzz-short fuzz bench bench-gpu finetune docs clean distclean \
+  sanitize-gpu asan tsan test-aarch64 test-old-cpus fuzz-short fuzz bench bench-gpu finetune docs clean distclean \
   build-ci build-fuzz gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
@@ -110,6 +110,13 @@ test-aarch64: $(VENV)/.packages  ## cross-compile the C++ part on the CPU for aa
 	$(PATHS) cmake --preset aarch64
 	$(PATHS) cmake --build --preset aarch64
 	$(PATHS) ctest --preset aarch64 -j $$(nproc)
+
+test-old-cpus: build-ci  ## shapes by chance and plans for any device on emulated x86 CPUs without AVX-512, and without AVX
+	@command -v qemu-x86_64 >/dev/null || \
+	  scripts/setup_debian.sh "test-old-cpus needs an emulator" qemu-user
+	@set -e; for cpu in Haswell Nehalem; do echo "on $$cpu"; \
+	  HEED_FUZZ=8 qemu-x86_64 -cpu $$cpu build/ci/tests/fuzz_test --gtest_brief=1; \
+	  qemu-x86_64 -cpu $$cpu build/ci/tests/fuzz/fuzz_plan $$(find tests/fuzz/corpus/plan -type f) >/dev/null; done
 
 fuzz-short: build-fuzz  ## a short, repeatable run of the fuzz targets under AddressSanitizer and UBSan
 	$(PATHS) ctest --preset fuzz

@@ -9,7 +9,7 @@
 
 #include "cpu/forward.hpp"
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 template <class C>
 class BackwardKernel {
@@ -26,7 +26,7 @@ class BackwardKernel {
   static constexpr int kLdw = kLds / Operand::kDepth;  // words of a row of P or dS
   static_assert(kTile % C::kMicroRows == 0 && kTile % C::kPanel == 0);
 
-  static std::size_t bytes(const Plan& plan, const BackwardProblem& b) {
+  HEED_BASELINE static std::size_t bytes(const Plan& plan, const BackwardProblem& b) {
     return BackwardKernel(plan, b, WorkspaceLayout()).bytes_;
   }
 
@@ -53,7 +53,7 @@ class BackwardKernel {
     std::size_t bytes;
   };
 
-  BackwardKernel(const Plan& plan, const BackwardProblem& problem, WorkspaceLayout layout)
+  HEED_BASELINE BackwardKernel(const Plan& plan, const BackwardProblem& problem, WorkspaceLayout layout)
       : b_(problem),
         p_(problem.forward),
         transform_{problem.forward},
@@ -85,7 +85,7 @@ class BackwardKernel {
     bytes_ = layout.bytes();
   }
 
-  Carved carve(WorkspaceLayout layout) const {
+  HEED_BASELINE Carved carve(WorkspaceLayout layout) const {
     Scratch s;
     const std::int64_t tile_words = words_of<C>(kTile);
     const std::int64_t block = std::min(kBlock, cut_.chunk_keys);
@@ -435,4 +435,4 @@ constexpr KernelRow backward_row() {
           .backward = Kernel::launch};
 }
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

@@ -1,6 +1,7 @@
 // Every header that the kernel text uses and that is not the kernel text, included before an
 // instruction set is switched on: an inline function compiled for AVX must not become the copy of it
-// that the linker keeps for the whole program.
+// that the linker keeps for the whole program. For the same reason the kernel text stands in a
+// namespace of the instruction set's name, HEED_ISA, which isa/*.hpp define.
 #pragma once
 
 #include <algorithm>

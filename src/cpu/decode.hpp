@@ -4,7 +4,7 @@
 
 #include "cpu/forward.hpp"
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 template <class C>
 class DecodeKernel {
@@ -26,7 +26,7 @@ class DecodeKernel {
   // 4 rows x kWide accumulators: keys of S at a time, vectors of O at a time.
   static constexpr int kWide = Isa::kMicroRows >= 12 ? 4 : 2;
 
-  static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
+  HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
     return DecodeKernel(plan, p, WorkspaceLayout()).bytes_;
   }
 
@@ -54,7 +54,7 @@ class DecodeKernel {
     std::size_t bytes;
   };
 
-  DecodeKernel(const Plan& plan, const ForwardProblem& problem, WorkspaceLayout layout)
+  HEED_BASELINE DecodeKernel(const Plan& plan, const ForwardProblem& problem, WorkspaceLayout layout)
       : p_(problem),
         transform_{problem},
         workers_(plan.workers),
@@ -94,7 +94,7 @@ class DecodeKernel {
     return step;
   }
 
-  Carved carve(WorkspaceLayout layout) const {
+  HEED_BASELINE Carved carve(WorkspaceLayout layout) const {
     Scratch s;
     s.q = layout.add<Word>(std::int64_t{task_heads_} * rows_ * q_words_);
     s.q_blocks = layout.add<Word>(std::int64_t{task_heads_} * block_words() + Isa::kLanes);
@@ -371,13 +371,13 @@ class DecodeKernel {
 
   // How many blocks of kLanes rows have their scores computed a lane each. It was measured with
   // AVX-512 for 16 rows, or what is left of them at the end; AVX2 has too few registers to gain.
-  static int blocks_of(int rows) {
+  HEED_BASELINE static int blocks_of(int rows) {
     constexpr int kGroup = 16, kFewest = 10;
     const int groups = (rows + kGroup - kFewest) / kGroup;
     if (kWide < 4 || groups < (kSameWords ? 1 : 2)) return 0;
     return ceil_div(std::min(rows, groups * kGroup), Isa::kLanes);
   }
-  std::int64_t block_words() const { return std::int64_t{blocks_} * q_depth_ * Isa::kLanes; }
+  HEED_BASELINE std::int64_t block_words() const { return std::int64_t{blocks_} * q_depth_ * Isa::kLanes; }
 
   // s[r][i] = q[r] · k[i] for the rows of blocks.
   void score_blocks(const Scratch& w, const Block& block, int blocks, int rows,
@@ -641,4 +641,4 @@ constexpr KernelRow decode_row() {
           .few_query_rows = Kernel::kFewRows};
 }
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

@@ -13,7 +13,7 @@
 #include "cpu/schedule.hpp"
 #include "registry.hpp"
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 // What a kernel is made of: instruction set, tensor type, and the words its products take.
 template <class IsaT, class ElementT>
@@ -33,12 +33,12 @@ struct Config {
 };
 
 template <class C>
-constexpr int words_of(std::int64_t elements) {
+HEED_BASELINE constexpr int words_of(std::int64_t elements) {
   return static_cast<int>((elements + C::Operand::kDepth - 1) / C::Operand::kDepth);
 }
 
 template <class C>
-constexpr int padded_columns(std::int64_t columns) {
+HEED_BASELINE constexpr int padded_columns(std::int64_t columns) {
   return round_up(static_cast<int>(columns), C::kPanel);
 }
 
@@ -127,7 +127,7 @@ class ForwardKernel {
   static constexpr int kLdp = kLds / C::Operand::kDepth;  // words per row of P
   static_assert(kTileM % C::kMicroRows == 0 && kTileN % C::kPanel == 0);
 
-  static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
+  HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
     return ForwardKernel(plan, p, WorkspaceLayout()).bytes_;
   }
 
@@ -147,7 +147,7 @@ class ForwardKernel {
     Word *k, *v;     // one head's panels, when workers pack for themselves
   };
 
-  ForwardKernel(const Plan& plan, const ForwardProblem& problem, WorkspaceLayout layout)
+  HEED_BASELINE ForwardKernel(const Plan& plan, const ForwardProblem& problem, WorkspaceLayout layout)
       : p_(problem),
         transform_{problem},
         workers_(plan.workers),
@@ -173,7 +173,7 @@ class ForwardKernel {
     Scratch scratch;
     std::size_t bytes;
   };
-  Carved carve(WorkspaceLayout layout) const {
+  HEED_BASELINE Carved carve(WorkspaceLayout layout) const {
     Scratch s;
     s.q = layout.add<Word>(std::int64_t{kTileM} * k_words_ + Isa::kLanes);
     s.s = layout.add<float>(std::int64_t{kTileM} * kLds);
@@ -380,4 +380,4 @@ constexpr KernelRow forward_row() {
           .backward = nullptr};
 }
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 template <class IsaT>
 struct F32Operand {
@@ -213,4 +213,4 @@ void product_transposed(const typename Operand::Word* a, const typename Operand:
           nullptr);
 }
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

@@ -9,7 +9,7 @@
 #include "core/mask.hpp"
 #include "cpu/gemm.hpp"
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 // kLanes words of a row from its element `source` on.
 template <class Operand, class Element>
@@ -135,4 +135,4 @@ void pack_natural(const RowOf& row, int rows, int padded, int columns,
   }
 }
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

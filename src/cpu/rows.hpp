@@ -7,14 +7,14 @@
 #include "cpu/backward.hpp"
 #include "cpu/decode.hpp"
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 template <class Isa, class... Elements>
-std::span<const KernelRow> rows() {
+HEED_BASELINE std::span<const KernelRow> rows() {
   static constexpr std::array kRows{decode_row<Config<Isa, Elements>>()...,
                                    forward_row<Config<Isa, Elements>>()...,
                                    backward_row<Config<Isa, Elements>>()...};
   return kRows;
 }
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

@@ -6,7 +6,7 @@
 #include "cpu/pack.hpp"
 #include "cpu/task.hpp"
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 // 2^f - 1 for |f| <= 0.5, divided by f; minimax on that interval, relative error 8e-9.
 template <class Isa>
@@ -274,4 +274,4 @@ void store_row(Element* out, const float* row, std::int64_t count, float factor)
   for (; c < count; ++c) out[c] = from_float<Element>(row[c] * factor);
 }
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

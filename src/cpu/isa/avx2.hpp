@@ -13,7 +13,11 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-namespace heed::cpu {
+#define HEED_ISA avx2
+// Planning is for any device, on any machine.
+#define HEED_BASELINE __attribute__((target("no-avx")))
+
+namespace heed::cpu::inline HEED_ISA {
 
 struct Avx2 {
   static constexpr Arch kArch = Arch::avx2;
@@ -60,4 +64,4 @@ struct Avx2 {
   }
 };
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

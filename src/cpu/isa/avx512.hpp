@@ -15,7 +15,13 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
-namespace heed::cpu {
+#ifndef HEED_ISA
+#define HEED_ISA avx512
+#endif
+// Planning is for any device, on any machine.
+#define HEED_BASELINE __attribute__((target("no-avx")))
+
+namespace heed::cpu::inline HEED_ISA {
 
 struct Avx512 {
   static constexpr Arch kArch = Arch::avx512;
@@ -59,4 +65,4 @@ struct Avx512 {
   }
 };
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#define HEED_ISA avx512_bf16
 #include "cpu/isa/avx512.hpp"
 
 #if defined(__clang__)
@@ -17,7 +18,7 @@
 #pragma GCC target("avx512bf16")
 #endif
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 struct Avx512Bf16 : Avx512 {
   static constexpr Arch kArch = Arch::avx512_bf16;
@@ -51,4 +52,4 @@ struct Avx512Bf16 : Avx512 {
   }
 };
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

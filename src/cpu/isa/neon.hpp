@@ -8,7 +8,12 @@
 #include "core/half.hpp"
 #include "heed/plan.hpp"
 
-namespace heed::cpu {
+#ifndef HEED_ISA
+#define HEED_ISA neon
+#endif
+#define HEED_BASELINE
+
+namespace heed::cpu::inline HEED_ISA {
 
 struct Neon {
   static constexpr Arch kArch = Arch::neon;
@@ -54,4 +59,4 @@ struct Neon {
   }
 };
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

@@ -6,9 +6,10 @@
 
 #include <cstdint>
 
+#define HEED_ISA neon_bf16
 #include "cpu/isa/neon.hpp"
 
-namespace heed::cpu {
+namespace heed::cpu::inline HEED_ISA {
 
 struct NeonBf16 : Neon {
   static constexpr Arch kArch = Arch::neon_bf16;
@@ -47,4 +48,4 @@ struct NeonBf16 : Neon {
   }
 };
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA

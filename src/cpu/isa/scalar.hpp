@@ -4,7 +4,10 @@
 #include "core/half.hpp"
 #include "heed/plan.hpp"
 
-namespace heed::cpu {
+#define HEED_ISA scalar
+#define HEED_BASELINE
+
+namespace heed::cpu::inline HEED_ISA {
 
 struct Scalar {
   static constexpr Arch kArch = Arch::scalar;
@@ -40,4 +43,4 @@ struct Scalar {
   }
 };
 
-}  // namespace heed::cpu
+}  // namespace heed::cpu::inline HEED_ISA
