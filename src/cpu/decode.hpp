@@ -16,16 +16,16 @@ class DecodeKernel {
 
  public:
   static constexpr int kMaxRows = 64;
-  // Up to which forward is slower, however few the keys. With few registers forward's products pay
-  // sooner: 64 rows of as many keys take 1.5 times as long here with AVX2. The scalar set widens
-  // 16-bit elements one by one besides.
-  static constexpr int kFewRows = Isa::kMicroRows >= 12 ? kMaxRows : 16;
+  // Up to which forward is slower, however few the keys. With fewer registers forward's products pay
+  // sooner; the scalar set widens 16-bit elements one by one besides.
+  static constexpr int kFewRows = Isa::kMicroRows >= 12 ? kMaxRows : Isa::kMicroRows > 4 ? 24 : 16;
   static constexpr int kKeys = 128;      // keys of one step, at most
   static constexpr int kLeastKeys = 32;  // at least
   static_assert(kLeastKeys % C::kPanel == 0);
   static constexpr int kLdp = kKeys / Operand::kDepth;  // words per row of P
-  // 4 rows x kWide accumulators: keys of S at a time, vectors of O at a time.
+  // kTogether rows x kWide accumulators: keys of S at a time, vectors of O at a time.
   static constexpr int kWide = Isa::kMicroRows >= 12 ? 4 : 2;
+  static constexpr int kTogether = Isa::kMicroRows == 6 ? 6 : 4;
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
     return DecodeKernel(plan, p, WorkspaceLayout()).bytes_;
@@ -271,15 +271,14 @@ class DecodeKernel {
     const int keys = block.live.end - block.live.begin;
     const int blocks = blocks_of(rows);
     const int in_blocks = std::min(blocks * Isa::kLanes, rows);
-    const int fours = ceil_div(rows - in_blocks, 4);
+    const int others = ceil_div(rows - in_blocks, kTogether);  // groups of rows
     LinesAhead keys_ahead(
         next.k, next.live, p_.q.head_dim(),
-        keys / kWide * (blocks * q_depth_ / kChains + fours * (q_words_ / Isa::kLanes)));
+        keys / kWide * (blocks * q_depth_ / kChains + others * (q_words_ / Isa::kLanes)));
     if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
-    for (int r = in_blocks; r < rows; r += 4)
-      with_rows(rows - r, [&](auto count) {
-        score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
-      });
+    for_groups(in_blocks, rows, [&](auto count, int r) {
+      score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
+    });
     const Span columns{block.live.begin / C::kPanel * C::kPanel,
                        round_up(block.live.end, C::kPanel)};
     const bool dropped = p_.dropout.probability > 0.f;
@@ -305,7 +304,7 @@ class DecodeKernel {
              ceil_div(static_cast<int>(p_.v.head_dim()), vectors * Isa::kLanes);
     };
     LinesAhead values_ahead(next.v, next.live, p_.v.head_dim(),
-                            turns(paired / 8, 2) + turns(ceil_div(rows - paired, 4), kWide));
+                            turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), kWide));
     const auto values = [&](auto count, auto vectors, int r) {
       value_rows<decltype(count)::value, decltype(vectors)::value>(
           w.p + r * kLdp, block, values_ahead, statistics.rescaled + r,
@@ -314,9 +313,9 @@ class DecodeKernel {
     if constexpr (kPaired == 8)
       for (int r = 0; r < paired; r += 8)
         values(std::integral_constant<int, 8>(), std::integral_constant<int, 2>(), r);
-    for (int r = paired; r < rows; r += 4)
-      with_rows(rows - r,
-                [&](auto count) { values(count, std::integral_constant<int, kWide>(), r); });
+    for_groups(paired, rows, [&](auto count, int r) {
+      values(count, std::integral_constant<int, kWide>(), r);
+    });
   }
 
   // The lines of rows, asked for in the order of memory and evenly over the `turns` that a product
@@ -359,15 +358,22 @@ class DecodeKernel {
     int paid_ = 0;
   };
 
-  // Calls body with min(rows, 4) as a constant.
+  // Rows [first, rows) in as few groups of up to kTogether as there can be, of equal sizes if they can
+  // be: body(size as a constant, first row).
   template <class Body>
-  static void with_rows(int rows, const Body& body) {
-    switch (std::min(rows, 4)) {
-      case 1: return body(std::integral_constant<int, 1>());
-      case 2: return body(std::integral_constant<int, 2>());
-      case 3: return body(std::integral_constant<int, 3>());
-      default: return body(std::integral_constant<int, 4>());
+  static void for_groups(int first, int rows, const Body& body) {
+    for (int groups = ceil_div(rows - first, kTogether); groups > 0; --groups) {
+      const int size = ceil_div(rows - first, groups);
+      with_constant<kTogether>(size, [&](auto count) { body(count, first); });
+      first += size;
     }
+  }
+  // 1 <= value <= kMost
+  template <int kMost, class Body>
+  static void with_constant(int value, const Body& body) {
+    if constexpr (kMost > 1)
+      if (value < kMost) return with_constant<kMost - 1>(value, body);
+    body(std::integral_constant<int, kMost>());
   }
 
   // How many blocks of kLanes rows have their scores computed a lane each. It was measured with
@@ -467,14 +473,15 @@ class DecodeKernel {
     LinesAhead ahead = keys_ahead;
     const int columns = static_cast<int>(p_.q.head_dim());
     for (int i = block.live.begin; i < block.live.end; i += kWide) {
-      Vec acc[round_up(4 * kWide, Isa::kLanes)] = {};
+      constexpr int kSums = kRows * kWide;
+      Vec acc[round_up(kSums, Isa::kLanes)] = {};
       const auto add = [&](int word, auto whole) __attribute__((always_inline)) {
         ahead.ask();
         typename Operand::Wide x[kWide];
 #pragma GCC unroll 4
         for (int j = 0; j < kWide; ++j)
           x[j] = wide(load_vector<Operand>(block.k[i + j], word, columns, whole));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const typename Operand::Wide y = Operand::load(q + r * q_words_ + word);
 #pragma GCC unroll 4
@@ -486,9 +493,9 @@ class DecodeKernel {
       for (; (word + Isa::kLanes) * Operand::kDepth <= columns; word += Isa::kLanes)
         add(word, std::true_type());
       if (word < q_words_) add(word, std::false_type());
-      float sums[4 * kWide];
+      float sums[round_up(kSums, Isa::kLanes)];
 #pragma GCC unroll 4
-      for (int first = 0; first < 4 * kWide; first += Isa::kLanes) {
+      for (int first = 0; first < kSums; first += Isa::kLanes) {
         Vec group[Isa::kLanes];
         std::copy_n(acc + first, Isa::kLanes, group);
         Isa::store(sums + first, reduce_rows(group, [](Vec a, Vec b) { return a + b; }));
@@ -631,7 +638,7 @@ constexpr KernelRow decode_row() {
           .pass = Pass::decode,
           .dtype = C::kDType,
           .operand = C::kOperandDType,
-          .tile_m = 4,
+          .tile_m = Kernel::kTogether,
           .tile_n = Kernel::kKeys,
           .max_head_dim = 512,
           .max_query_rows = Kernel::kMaxRows,
