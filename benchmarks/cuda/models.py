@@ -245,9 +245,9 @@ def main() -> None:
     names = implementations()
     cells = []
 
-    def measure(work: str, shapes: dict[str, dict[str, Run]], **options) -> None:
-        """Shapes that are compared with each other are measured together."""
-        for shape, ms in interleaved(shapes, args.rounds, **options).items():
+    def measure(work: str, shapes: dict[str, dict[str, Run]], times: int = 1, **options) -> None:
+        """Shapes that are compared with each other are measured together, in `times` the rounds."""
+        for shape, ms in interleaved(shapes, times * args.rounds, **options).items():
             cells.append({"work": work, "shape": shape, "ms": ms})
             text = [f"{ms[name]:10.3f}" if ms.get(name) else f"{'-':>10}" for name in names]
             ratio = f"{ms['sdpa'] / ms['heed']:10.2f}x" if ms["sdpa"] and ms["heed"] else ""
@@ -268,9 +268,11 @@ def main() -> None:
     model = Model(names, args.tiny)
     part = 64 if args.tiny else 1  # of every length
     n, long = 512 // part, 2048 // part
-    measure("generate", {"1 x 8 + 20": model.generate(1, 8)})
+    # Generating waits for the host, whose load comes and goes.
+    measure("generate", {"1 x 8 + 20": model.generate(1, 8)}, times=3)
     shapes = {"4 x 512 + 20": model.generate(4, n)}
-    measure("generate", shapes | {"4 x 512 + 20, left-padded": model.generate(4, n, "left")})
+    shapes |= {"4 x 512 + 20, left-padded": model.generate(4, n, "left")}
+    measure("generate", shapes, times=3)
     shapes = {"16 x 2048": model.prefill(16, long)}
     measure("prefill", shapes | {f"16 x 2048, {FILL:.0%} full": model.prefill(16, long, "right")})
     model.model.train()
