@@ -76,6 +76,7 @@ struct ItemOrder {
     return {first + rest - tile * count.value, tile};
   }
 };
+
 // Heads of entries, of whose keys and values those that rows see at a time fill half of the 40 to
 // 50 MB of L2 that an A100 or H200 has; not more than there are.
 constexpr int items_in_l2(const ForwardProblem& f) {

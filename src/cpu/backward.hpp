@@ -53,7 +53,8 @@ class BackwardKernel {
     std::size_t bytes;
   };
 
-  HEED_BASELINE BackwardKernel(const Plan& plan, const BackwardProblem& problem, WorkspaceLayout layout)
+  HEED_BASELINE BackwardKernel(const Plan& plan, const BackwardProblem& problem,
+                               WorkspaceLayout layout)
       : b_(problem),
         p_(problem.forward),
         transform_{problem.forward},

@@ -16,8 +16,8 @@ class DecodeKernel {
 
  public:
   static constexpr int kMaxRows = 64;
-  // Up to which forward is slower, however few the keys. With fewer registers forward's products pay
-  // sooner; the scalar set widens 16-bit elements one by one besides.
+  // Up to which forward is slower, however few the keys. With fewer registers forward's products
+  // pay sooner; the scalar set widens 16-bit elements one by one besides.
   static constexpr int kFewRows = Isa::kMicroRows >= 12 ? kMaxRows : Isa::kMicroRows > 4 ? 24 : 16;
   static constexpr int kKeys = 128;      // keys of one step, at most
   static constexpr int kLeastKeys = 32;  // at least
@@ -55,7 +55,8 @@ class DecodeKernel {
     std::size_t bytes;
   };
 
-  HEED_BASELINE DecodeKernel(const Plan& plan, const ForwardProblem& problem, WorkspaceLayout layout)
+  HEED_BASELINE DecodeKernel(const Plan& plan, const ForwardProblem& problem,
+                             WorkspaceLayout layout)
       : p_(problem),
         transform_{problem},
         workers_(plan.workers),
@@ -303,8 +304,9 @@ class DecodeKernel {
       return groups * (keys / Operand::kDepth) *
              ceil_div(static_cast<int>(p_.v.head_dim()), vectors * Isa::kLanes);
     };
-    LinesAhead values_ahead(next.v, next.live, p_.v.head_dim(),
-                            turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), kWide));
+    LinesAhead values_ahead(
+        next.v, next.live, p_.v.head_dim(),
+        turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), kWide));
     const auto values = [&](auto count, auto vectors, int r) {
       value_rows<decltype(count)::value, decltype(vectors)::value>(
           w.p + r * kLdp, block, values_ahead, statistics.rescaled + r,
@@ -313,9 +315,8 @@ class DecodeKernel {
     if constexpr (kPaired == 8)
       for (int r = 0; r < paired; r += 8)
         values(std::integral_constant<int, 8>(), std::integral_constant<int, 2>(), r);
-    for_groups(paired, rows, [&](auto count, int r) {
-      values(count, std::integral_constant<int, kWide>(), r);
-    });
+    for_groups(paired, rows,
+               [&](auto count, int r) { values(count, std::integral_constant<int, kWide>(), r); });
   }
 
   // The lines of rows, asked for in the order of memory and evenly over the `turns` that a product
@@ -358,8 +359,8 @@ class DecodeKernel {
     int paid_ = 0;
   };
 
-  // Rows [first, rows) in as few groups of up to kTogether as there can be, of equal sizes if they can
-  // be: body(size as a constant, first row).
+  // Rows [first, rows) in as few groups of up to kTogether as there can be, of equal sizes if they
+  // can be: body(size as a constant, first row).
   template <class Body>
   static void for_groups(int first, int rows, const Body& body) {
     for (int groups = ceil_div(rows - first, kTogether); groups > 0; --groups) {
@@ -384,7 +385,9 @@ class DecodeKernel {
     if (kWide < 4 || groups < (kSameWords ? 1 : 2)) return 0;
     return ceil_div(std::min(rows, groups * kGroup), Isa::kLanes);
   }
-  HEED_BASELINE std::int64_t block_words() const { return std::int64_t{blocks_} * q_depth_ * Isa::kLanes; }
+  HEED_BASELINE std::int64_t block_words() const {
+    return std::int64_t{blocks_} * q_depth_ * Isa::kLanes;
+  }
 
   // s[r][i] = q[r] · k[i] for the rows of blocks.
   void score_blocks(const Scratch& w, const Block& block, int blocks, int rows,

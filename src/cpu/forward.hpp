@@ -147,7 +147,8 @@ class ForwardKernel {
     Word *k, *v;     // one head's panels, when workers pack for themselves
   };
 
-  HEED_BASELINE ForwardKernel(const Plan& plan, const ForwardProblem& problem, WorkspaceLayout layout)
+  HEED_BASELINE ForwardKernel(const Plan& plan, const ForwardProblem& problem,
+                              WorkspaceLayout layout)
       : p_(problem),
         transform_{problem},
         workers_(plan.workers),
