@@ -111,10 +111,14 @@ def forward_calls(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Ca
     return calls
 
 
-def backward_call(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options) -> Callable:
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = heed.attention(*leaves, **options)
+def gradients_call(call: Callable, tensors: tuple[Tensor, ...], dout: Tensor) -> Callable:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = call(*leaves)
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def backward_call(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options) -> Callable:
+    return gradients_call(partial(heed.attention, **options), (q, k, v), dout)
 
 
 def sdpa_backward_call(backend: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool):
@@ -124,11 +128,18 @@ def sdpa_backward_call(backend: str, q: Tensor, k: Tensor, v: Tensor, dout: Tens
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
+def fa4_alone(call: Callable) -> Callable:
+    """FA4's functions return out, or out and lse."""
+
+    def out_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = call(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
+
+    return out_of
+
+
 def fa4_backward_call(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> Callable:
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = fa4(*leaves, causal=causal)
-    out = out[0] if isinstance(out, tuple) else out
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    return gradients_call(fa4_alone(partial(fa4, causal=causal)), (q, k, v), dout)
 
 
 def backward_calls(
@@ -237,16 +248,6 @@ def flash(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, ends: Tensor
     return op(q, k, v, ends, ends, *longest, 0.0, True, False, **window)[0]
 
 
-def fa4_alone(call: Callable) -> Callable:
-    """FA4's functions return out, or out and lse."""
-
-    def out_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = call(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
-
-    return out_of
-
-
 LENGTHS = (100, 3000, 700, 2500, 1892)  # of packed documents
 MASKED_LENGTH = sum(LENGTHS)
 WINDOW = 1024
@@ -309,12 +310,6 @@ def mask_cases(d: int) -> dict[str, Mask]:
         pair / 2 * sum(visited(0 * rows[:x], rows[:x] + 1) for x in LENGTHS),
     )
     return cases
-
-
-def gradients_call(call: Callable, tensors: tuple[Tensor, ...], dout: Tensor) -> Callable:
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    out = call(*leaves)
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
 def masks() -> list[dict]:
