@@ -38,14 +38,14 @@ record = $(if $(RECORD),$(1)/bin/python scripts/record_tests.py $(2) --command "
 
 .PHONY: help demo test test-cpp test-python test-oldest wheel hub test-gpu test-gpu-cpp test-gpu-python \
   test-multi-gpu bench-multi-gpu \
-  sanitize-gpu asan tsan test-aarch64 test-old-cpus fuzz-short fuzz bench bench-gpu finetune docs clean distclean \
+  sanitize-gpu asan tsan test-aarch64 test-aarch64-short test-old-cpus fuzz-short fuzz bench bench-gpu finetune docs clean distclean \
   build-ci build-fuzz gpu always
 .DEFAULT_GOAL := help
 # The tests and the wheel share build/ci, so that the kernels are compiled once.
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: $(HERE) $(VENV)/.model  ## embed the sample texts with eager, sdpa and heed; QUERY="..." asks another question
 	$(VENV)/bin/python examples/demo.py --query "$$QUERY"
@@ -103,13 +103,15 @@ tsan: $(VENV)/.packages  ## the thread pool and the interfaces under ThreadSanit
 	$(PATHS) cmake --build --preset tsan
 	$(PATHS) ctest --preset tsan
 
-test-aarch64: $(VENV)/.packages  ## cross-compile the C++ part on the CPU for aarch64 and run it in qemu
+test-aarch64: $(VENV)/.packages  ## cross-compile the C++ part on the CPU for aarch64 and run it in qemu, about an hour
+test-aarch64-short: $(VENV)/.packages  ## the same with a part of the shapes, minutes
+test-aarch64 test-aarch64-short:
 	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 && test -d /usr/src/googletest; } >/dev/null || \
-	  scripts/setup_debian.sh "test-aarch64 needs a cross compiler, an emulator and GoogleTest's sources" \
+	  scripts/setup_debian.sh "$@ needs a cross compiler, an emulator and GoogleTest's sources" \
 	  g++-aarch64-linux-gnu qemu-user libgtest-dev
 	$(PATHS) cmake --preset aarch64
 	$(PATHS) cmake --build --preset aarch64
-	$(PATHS) ctest --preset aarch64 -j $$(nproc)
+	$(PATHS) ctest --preset $(@:test-%=%) -j $$(nproc)
 
 test-old-cpus: build-ci  ## shapes by chance and plans for any device on emulated x86 CPUs without AVX-512, and without AVX
 	@command -v qemu-x86_64 >/dev/null || \
