@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,15 +47,42 @@ def support_table(data: dict) -> str:
 
 def cpu_table(data: dict, part: str) -> str:
     """What bench.py saved of each CPU. Without a part: the first CPU's main cells."""
+    machines = data["machines"]
     if not part:
-        return cpu_main(data["machines"][0])
-    tables = {"cells": cpu_cells, "decode": cpu_decode, "short": cpu_short, "ratios": cpu_ratios}
-    return "\n\n".join(tables[part](result) for result in data["machines"])
+        return cpu_main(machines[0])
+    if part == "cells":
+        return beside(machines, ["work", "shape", "dtype", "goal"], cpu_cells)
+    if part == "ratios":
+        return beside(machines, ["", "goal"], cpu_ratios)
+    each = {"decode": cpu_decode, "short": cpu_short}[part]
+    tables = [f"{ran_on(result)}:\n\n{each(result)}" for result in machines]
+    return "\n\n".join([*tables, commands(machines)])
 
 
-def cpu_caption(result: dict) -> str:
+def ran_on(result: dict) -> str:
     m = result["machine"]
-    return caption(m, f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`")
+    return versions(m, f"{m['cpu']}, {m['threads']} threads, kernels `{m['kernels']}`")
+
+
+def commands(machines: list[dict]) -> str:
+    """Once where all machines ran the same."""
+    each = {result["machine"]["command"]: result["machine"]["cpu"] for result in machines}
+    if len(each) == 1:
+        return f"`{next(iter(each))}`"
+    return "\n\n".join(f"{cpu}: `{command}`" for command, cpu in each.items())
+
+
+def beside(
+    machines: list[dict], head: list[str], rows_of: Callable[[dict], dict[tuple[str, ...], str]]
+) -> str:
+    """A column per CPU, and a line for what any of them has: `head` names what its key says."""
+    columns = [rows_of(result) for result in machines]
+    titles = [*head, *(f"{m['machine']['cpu']}, `{m['machine']['kernels']}`" for m in machines)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for key in dict.fromkeys(key for column in columns for key in column):
+        row = [*key, *(column.get(key, "-") for column in columns)]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n\n".join(["\n".join(lines), *map(ran_on, machines), commands(machines)])
 
 
 def in_main_table(cell: dict) -> bool:
@@ -77,39 +105,44 @@ def cpu_main(result: dict) -> str:
         for c in result["cells"]
         if in_main_table(c)
     ]
-    return "\n".join([*lines, "", cpu_caption(result)])
+    command = result["machine"]["command"]
+    return "\n".join([*lines, "", f"{ran_on(result)}: `{command}`"])
 
 
-def cpu_cells(result: dict) -> str:
-    """Share of the measured peak beside the goal."""
-    lines = [
-        "| work | shape | dtype | heed ms | torch ms | speed-up | share | torch's | goal |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def cpu_cells(result: dict) -> dict[tuple[str, ...], str]:
+    """Share of the measured peak and, where PyTorch ran beside it, the speed-up."""
+    cells = {}
     for c in result["cells"]:
         if c["work"] in ("decode", "short"):
             continue
-        theirs = [f"{c['torch_ms']:.2f}", f"**{c['ratio']:.2f}x**"] if c["ratio"] else ["-", "-"]
-        row = [c["work"], c["shape"], c["dtype"], f"{c['heed_ms']:.2f}", *theirs]
-        row += [f"{c['share']:.1%}", f"{c['torch_share']:.1%}" if c["ratio"] else "-"]
-        row += [f"{c['goal']:.0%}" if c["goal"] else "-"]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, "", cpu_caption(result)])
+        goal = f"{c['goal']:.0%}" if c["goal"] else "-"
+        speed_up = f", **{c['ratio']:.2f}x**" if c["ratio"] else ""
+        cells[c["work"], c["shape"], c["dtype"], goal] = f"{c['share']:.0%}{speed_up}"
+    return cells
 
 
 def cpu_decode(result: dict) -> str:
-    lines = [
-        "| queries x keys, heads | dtype | heed ms | GB/s | limit | share | torch ms | speed-up |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {c['shape']} | {c['dtype']} | {c['heed_ms']:.2f} "
-        f"| {c['bytes'] / c['heed_ms'] * 1e-6:.1f} | {c['bound']} | {c['share']:.0%} "
-        f"| {c['torch_ms']:.1f} | **{c['ratio']:.1f}x** |"
-        for c in result["cells"]
-        if c["work"] == "decode"
-    ]
-    return "\n".join([*lines, "", cpu_caption(result)])
+    """A line per dtype, heads and count of queries, a column per length of the cache."""
+    cells = {}
+    for c in result["cells"]:
+        if c["work"] == "decode":
+            queries, _, keys, heads, _ = c["shape"].split()
+            parts = [
+                f"{c['bytes'] / c['heed_ms'] * 1e-6:.1f} GB/s",
+                f"{c['share']:.0%} of {c['bound']}",
+            ]
+            if c.get("cached_ms"):
+                parts.append(f"{c['cached_ms'] / c['heed_ms']:.0%} from L3")
+            cells[(c["dtype"], heads, queries), int(keys)] = ", ".join(
+                [*parts, f"**{c['ratio']:.1f}x**"]
+            )
+    keys = sorted({key for _, key in cells})
+    titles = ["dtype", "heads", "queries", *(f"{key} keys" for key in keys)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for line in dict.fromkeys(line for line, _ in cells):
+        row = [*line, *(cells.get((line, key), "-") for key in keys)]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 def cpu_short(result: dict) -> str:
@@ -121,18 +154,18 @@ def cpu_short(result: dict) -> str:
     for dtype, length in dict.fromkeys((key[0], key[2]) for key in cells):
         ratios = [f"{cells[dtype, batch, length]['ratio']:.2f}x" for batch in batches]
         lines.append(f"| {length} {dtype} | {' | '.join(ratios)} |")
-    return "\n".join([*lines, "", cpu_caption(result)])
+    return "\n".join(lines)
 
 
-def cpu_ratios(result: dict) -> str:
+def cpu_ratios(result: dict) -> dict[tuple[str, ...], str]:
     """What is a comparison of cells; those of a CPU that has both."""
     cells = {(c["work"], c["shape"], c["dtype"]): c for c in result["cells"]}
     threads = result["machine"]["threads"]
-    lines = ["| | reached | goal |", "|---|---|---|"]
+    ratios = {}
 
     def compare(name: str, key: str, part: dict | None, whole: dict | None, goal: float) -> None:
         if part and whole:
-            lines.append(f"| {name} | {part[key] / whole[key]:.2f} | {goal:.2f} |")
+            ratios[name, f"{goal:.2f}"] = f"{part[key] / whole[key]:.2f}"
 
     for dtype in ("fp32", "bf16"):
         for dim in (128, 64):
@@ -151,19 +184,23 @@ def cpu_ratios(result: dict) -> str:
             name = f"padded {dtype}, rate per real token squared, 55 % fill over full"
             compare(name, "share", part, whole, 0.9)
     if calls := result["host"]:
-        lines.append(f"| microseconds of a call, C++ | {calls['cpp_us']:.2g} | 3 |")
-        lines.append(f"| microseconds of a call, PyTorch | {calls['torch_us']:.2g} | 10 |")
-    return "\n".join([*lines, "", cpu_caption(result)])
+        ratios["microseconds of a call, C++", "3"] = f"{calls['cpp_us']:.2g}"
+        ratios["microseconds of a call, PyTorch", "10"] = f"{calls['torch_us']:.2g}"
+    return ratios
 
 
-def caption(m: dict, where: str) -> str:
-    """Machine and software, date, commit and command."""
+def versions(m: dict, where: str) -> str:
+    """Machine and software, date and commit."""
     software = [
         f"{name} {m[key]}"
         for name, key in (("torch", "torch"), ("Transformers", "transformers"), ("cuDNN", "cudnn"))
         if key in m
     ]
-    return f"{', '.join([where, *software, m['date']])}, commit `{m['commit']}`: `{m['command']}`"
+    return f"{', '.join([where, *software, m['date']])}, commit `{m['commit']}`"
+
+
+def caption(m: dict, where: str) -> str:
+    return f"{versions(m, where)}: `{m['command']}`"
 
 
 def gpu_caption(m: dict) -> str:
