@@ -92,8 +92,8 @@ def backward(seconds: float) -> Iterator[Cell]:
                     outs = [heed.attention(q, k, v, causal=causal), sdpa(q, k, v, is_causal=causal)]
                 a, b = interleaved(
                     *(
-                        lambda o=o: torch.autograd.grad(  # noqa: B023
-                            o, (q, k, v), dout, retain_graph=True
+                        lambda o=o: torch.autograd.grad(
+                            o, (q, k, v), dout, retain_graph=True  # noqa: B023
                         )
                         for o in outs
                     ),

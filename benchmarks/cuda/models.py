@@ -262,7 +262,10 @@ def main() -> None:
         measure("host time", {shape: host_time(grad)}, calls=calls, wait_for_gpu=False)
     calls = 1 if args.tiny else 20
     shape = f"B16 S2048 H32/8 D128 {FILL:.0%}"
-    kinds = {f"{shape}, mask": padded(args.tiny, False), f"{shape}, packed": padded(args.tiny, True)}
+    kinds = {
+        f"{shape}, mask": padded(args.tiny, False),
+        f"{shape}, packed": padded(args.tiny, True),
+    }
     measure("padded", kinds, calls=calls)
 
     model = Model(names, args.tiny)
