@@ -26,6 +26,9 @@ class DecodeKernel {
   // kTogether rows x kWide accumulators: keys of S at a time, vectors of O at a time.
   static constexpr int kWide = Isa::kMicroRows >= 12 ? 4 : 2;
   static constexpr int kTogether = Isa::kMicroRows == 6 ? 6 : 4;
+  // Words of depth, or of keys, of one turn of a product's loop. Two of few vectors, because the
+  // loop and what it asks memory for are a third of its instructions otherwise.
+  static constexpr int kTurn = kWide == 2 && Operand::kDepth == 1 ? 2 : 1;
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
     return DecodeKernel(plan, p, WorkspaceLayout()).bytes_;
@@ -275,7 +278,8 @@ class DecodeKernel {
     const int others = ceil_div(rows - in_blocks, kTogether);  // groups of rows
     LinesAhead keys_ahead(
         next.k, next.live, p_.q.head_dim(),
-        keys / kWide * (blocks * q_depth_ / kChains + others * (q_words_ / Isa::kLanes)));
+        keys / kWide *
+            (blocks * q_depth_ / kChains + others * ceil_div(q_words_, kTurn * Isa::kLanes)));
     if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
     for_groups(in_blocks, rows, [&](auto count, int r) {
       score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
@@ -301,7 +305,7 @@ class DecodeKernel {
     constexpr int kPaired = kWide == 4 && !std::is_same_v<Element, float> ? 8 : 4;
     const int paired = kPaired == 8 ? rows / 8 * 8 : 0;
     const auto turns = [&](int groups, int vectors) {
-      return groups * (keys / Operand::kDepth) *
+      return groups * (keys / (kTurn * Operand::kDepth)) *
              ceil_div(static_cast<int>(p_.v.head_dim()), vectors * Isa::kLanes);
     };
     LinesAhead values_ahead(
@@ -479,23 +483,35 @@ class DecodeKernel {
       constexpr int kSums = kRows * kWide;
       Vec acc[round_up(kSums, Isa::kLanes)] = {};
       const auto add = [&](int word, auto whole) __attribute__((always_inline)) {
-        ahead.ask();
         typename Operand::Wide x[kWide];
 #pragma GCC unroll 4
         for (int j = 0; j < kWide; ++j)
           x[j] = wide(load_vector<Operand>(block.k[i + j], word, columns, whole));
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const typename Operand::Wide y = Operand::load(q + r * q_words_ + word);
+          typename Operand::Wide y = Operand::load(q + r * q_words_ + word);
+          if constexpr (requires { Isa::keep(y); }) Isa::keep(y);
 #pragma GCC unroll 4
           for (int j = 0; j < kWide; ++j)
             acc[r * kWide + j] = Operand::multiply_add(acc[r * kWide + j], y, x[j]);
         }
       };
+      constexpr int kTurnWords = kTurn * Isa::kLanes;
       int word = 0;
-      for (; (word + Isa::kLanes) * Operand::kDepth <= columns; word += Isa::kLanes)
-        add(word, std::true_type());
-      if (word < q_words_) add(word, std::false_type());
+      for (; (word + kTurnWords) * Operand::kDepth <= columns; word += kTurnWords) {
+        ahead.ask();
+#pragma GCC unroll 2
+        for (int part = 0; part < kTurnWords; part += Isa::kLanes)
+          add(word + part, std::true_type());
+      }
+      for (; word < q_words_; word += Isa::kLanes) {
+        ahead.ask();
+        if ((word + Isa::kLanes) * Operand::kDepth <= columns) {
+          add(word, std::true_type());
+        } else {
+          add(word, std::false_type());
+        }
+      }
       float sums[round_up(kSums, Isa::kLanes)];
 #pragma GCC unroll 4
       for (int first = 0; first < kSums; first += Isa::kLanes) {
@@ -524,15 +540,18 @@ class DecodeKernel {
         for (int j = 0; j < kVectors; ++j)
           acc[r][j] = Isa::load(o + std::int64_t{r} * o_columns_ + col + j * Isa::kLanes) *
                       Isa::broadcast(rescaled[r]);
-      for (int i = block.live.begin; i < block.live.end; i += Operand::kDepth) {
+      for (int i = block.live.begin; i < block.live.end;) {
         ahead.ask();
-        typename Operand::Wide v[kVectors];
-        load_values(block.v + i, col, columns, whole, v);
+#pragma GCC unroll 2
+        for (int turn = 0; turn < kTurn; ++turn, i += Operand::kDepth) {
+          typename Operand::Wide v[kVectors];
+          load_values(block.v + i, col, columns, whole, v);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const Word weight = p[r * kLdp + i / Operand::kDepth];
+          for (int r = 0; r < kRows; ++r) {
+            const Word weight = p[r * kLdp + i / Operand::kDepth];
 #pragma GCC unroll 8
-          for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], weight, v[j]);
+            for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], weight, v[j]);
+          }
         }
       }
 #pragma GCC unroll 8
