@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from device import cpu_only
 
 import heed
+from device import cpu_only
 
 pytestmark = cpu_only("threads are a CPU's")
 
@@ -75,8 +75,8 @@ def test_inside_a_parallel_region() -> None:
     assert all(same(result, expected) for result in results)
 
 
-# In a process of its own, because what ran before in this one would count. PyTorch's own operators may
-# wait for ever in the child, so it calls nothing but heed.
+# In a process of its own, because what ran before in this one would count. PyTorch's own operators
+# may wait for ever in the child, so it calls nothing but heed.
 AFTER_FORK = f"""
 import os, signal, torch, heed
 torch.set_num_threads(2)

@@ -44,8 +44,8 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // In a register: gcc reads a vector of few uses from memory each time, which loads that are as
-  // many as multiply-adds do not allow.
+  // Keeps x in a register. gcc would read it from memory for each use, and a kernel with more loads
+  // than multiply-adds waits for its loads.
   static void keep(Vec& x) { asm("" : "+x"(x)); }
   static Vec broadcast(float x) { return _mm256_set1_ps(x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
