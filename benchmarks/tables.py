@@ -65,11 +65,13 @@ def ran_on(result: dict) -> str:
 
 
 def commands(machines: list[dict]) -> str:
-    """Once where all machines ran the same."""
-    each = {result["machine"]["command"]: result["machine"]["cpu"] for result in machines}
-    if len(each) == 1:
-        return f"`{next(iter(each))}`"
-    return "\n\n".join(f"{cpu}: `{command}`" for command, cpu in each.items())
+    """Each once; where there are several, with the CPUs that ran it."""
+    ran: dict[str, list[str]] = {}
+    for result in machines:
+        ran.setdefault(result["machine"]["command"], []).append(result["machine"]["cpu"])
+    if len(ran) == 1:
+        return f"`{next(iter(ran))}`"
+    return "\n\n".join(f"{', '.join(cpus)}: `{command}`" for command, cpus in ran.items())
 
 
 def beside(
@@ -105,8 +107,7 @@ def cpu_main(result: dict) -> str:
         for c in result["cells"]
         if in_main_table(c)
     ]
-    command = result["machine"]["command"]
-    return "\n".join([*lines, "", f"{ran_on(result)}: `{command}`"])
+    return "\n".join([*lines, "", f"{ran_on(result)}: {commands([result])}"])
 
 
 def cpu_cells(result: dict) -> dict[tuple[str, ...], str]:
