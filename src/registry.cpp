@@ -24,8 +24,8 @@ int most_head_dim_v(const KernelRow& row) {
 }  // namespace
 
 const char* name_of(Arch arch) {
-  constexpr std::array kNames{"reference", "scalar", "avx2", "avx512", "avx512_bf16", "neon",
-                              "neon_bf16", "sm80",   "sm90", "sm100",  "sm120"};
+  constexpr std::array kNames{"reference", "scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16",
+                              "neon",      "neon_bf16", "sm80", "sm90",  "sm100",      "sm120"};
   return kNames[static_cast<std::size_t>(arch)];
 }
 

@@ -214,12 +214,13 @@ typedef enum heed_arch {
   HEED_AVX2 = 2,
   HEED_AVX512 = 3,
   HEED_AVX512_BF16 = 4,
-  HEED_NEON = 5,
-  HEED_NEON_BF16 = 6,
-  HEED_SM80 = 7,
-  HEED_SM90 = 8,
-  HEED_SM100 = 9,
-  HEED_SM120 = 10
+  HEED_AMX_BF16 = 5,
+  HEED_NEON = 6,
+  HEED_NEON_BF16 = 7,
+  HEED_SM80 = 8,
+  HEED_SM90 = 9,
+  HEED_SM100 = 10,
+  HEED_SM120 = 11
 } heed_arch;
 
 typedef struct heed_device {
@@ -228,7 +229,7 @@ typedef struct heed_device {
   int32_t smem_bytes; /* GPU: shared memory that a block can have; 0: the most that its arch has */
 } heed_device;
 
-/* This machine's CPU. HEED_FORCE_ISA=reference|scalar|avx2|avx512|avx512_bf16|neon|
+/* This machine's CPU. HEED_FORCE_ISA=reference|scalar|avx2|avx512|avx512_bf16|amx_bf16|neon|
    neon_bf16 lowers it. */
 heed_status heed_device_cpu(heed_device* device);
 /* The GPU of that number; -1: the calling thread's current one. */

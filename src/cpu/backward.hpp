@@ -24,6 +24,7 @@ class BackwardKernel {
   static constexpr int kGroups = kTile / C::kMicroRows;
   static constexpr int kLds = kTile + 16;
   static constexpr int kLdw = kLds / Operand::kDepth;  // words of a row of P or dS
+  static constexpr int kLdt = kTile / 2 + 16;          // words of a row of Pᵀ or dSᵀ, by tiles
   static_assert(kTile % C::kMicroRows == 0 && kTile % C::kPanel == 0);
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const BackwardProblem& b) {
@@ -41,7 +42,7 @@ class BackwardKernel {
     Word *q_rows, *dout_rows;      // A operands: panels of kMicroRows rows
     Word *q_panels, *dout_panels;  // B operands: panels of kPanel columns
     float *s, *dp;                 // scores then P; dP then dS
-    Word *p_words, *ds_words;      // pairs along the queries, or s and dp themselves
+    Word *p_words, *ds_words;      // pairs along the queries, or s and dp themselves; by tiles, transposed
     Word* ds_rows;                 // pairs along the keys, or dp itself
     float *kept, *slope;           // of one row: dropout mask, slope of the softcap
     float* dq;
@@ -97,8 +98,9 @@ class BackwardKernel {
     s.s = layout.add<float>(std::int64_t{kTile} * kLds);
     s.dp = layout.add<float>(std::int64_t{kTile} * kLds);
     if constexpr (C::kPairs) {
-      s.p_words = layout.add<Word>(std::int64_t{kTile / 2} * kLds);
-      s.ds_words = layout.add<Word>(std::int64_t{kTile / 2} * kLds);
+      constexpr std::int64_t kWords = ByTiles<Operand> ? kTile * kLdt : kTile / 2 * kLds;
+      s.p_words = layout.add<Word>(kWords);
+      s.ds_words = layout.add<Word>(kWords);
       s.ds_rows = layout.add<Word>(std::int64_t{kTile} * kLdw);
     } else {
       s.p_words = s.s;
@@ -141,6 +143,7 @@ class BackwardKernel {
     order_shares(p_, cut_, shares_);
     const TaskOrder order{shares_, share_count(p_, cut_), head_tasks_};
     parallel_for(executor, workers_, order.tasks(), [&](std::int64_t task, int worker) {
+      [[maybe_unused]] const Tiles<Isa> tiles;
       const Scratch w = scratch(worker);
       const TaskOrder::Task now = order.at(task);
       const std::int64_t head0 = now.head * task_heads_;
@@ -260,8 +263,8 @@ class BackwardKernel {
     const int v_dim = static_cast<int>(p_.v.head_dim());
     const auto q = [&](int r) { return row_of<Element>(p_.q, at.q, head, row0 + r); };
     const auto dout = [&](int r) { return row_of<Element>(b_.dout, at.q, head, row0 + r); };
-    pack_transposed<Operand, C::kMicroRows>(q, rows, qk_dim, w.q_rows);
-    pack_transposed<Operand, C::kMicroRows>(dout, rows, v_dim, w.dout_rows);
+    pack_rows<Operand>(q, rows, qk_dim, w.q_rows);
+    pack_rows<Operand>(dout, rows, v_dim, w.dout_rows);
     pack_natural<Operand>(q, rows, kTile, qk_dim, w.q_panels, kPanelStride);
     pack_natural<Operand>(dout, rows, kTile, v_dim, w.dout_panels, kPanelStride);
     std::fill_n(w.dq, std::int64_t{kTile} * qk_columns_, 0.f);
@@ -296,7 +299,10 @@ class BackwardKernel {
     for (int r = used_rows.begin; r < used_rows.end; ++r)
       gradient_row(w, at, head, row0, r, r < rows ? limits[r] : RowLimits{},
                    spans[r / C::kMicroRows], key0);
-    if constexpr (C::kPairs) {
+    if constexpr (ByTiles<Operand>) {
+      transpose_words(w.s, used_rows, used_columns, w.p_words);
+      transpose_words(w.dp, used_rows, used_columns, w.ds_words);
+    } else if constexpr (C::kPairs) {
       for (int r = used_rows.begin; r < used_rows.end; r += 2)
         for (int c = 0; c < kTile; c += Isa::kLanes) {
           const int at_word = r / 2 * kLds + c;
@@ -308,16 +314,49 @@ class BackwardKernel {
     }
     const Span key_rows{used_columns.begin / C::kMicroRows * C::kMicroRows,
                         round_up(used_columns.end, C::kMicroRows)};
-    product_transposed<Operand, kLds>(w.p_words, w.dout_panels, kPanelStride,
-                                      w.dv + std::int64_t{local} * v_columns_, v_columns_,
-                                      key_rows, used_rows, v_columns_);
-    product_transposed<Operand, kLds>(w.ds_words, w.q_panels, kPanelStride,
-                                      w.dk + std::int64_t{local} * qk_columns_, qk_columns_,
-                                      key_rows, used_rows, qk_columns_);
+    add_keys(w.p_words, w.dout_panels, key_rows, used_rows,
+             w.dv + std::int64_t{local} * v_columns_, v_columns_);
+    add_keys(w.ds_words, w.q_panels, key_rows, used_rows,
+             w.dk + std::int64_t{local} * qk_columns_, qk_columns_);
     const std::int64_t block_words = words_of<C>(round_up(keys.end - keys.begin, kTile));
     product_depth<Operand, kLdw, Update::add>(
         w.ds_rows, w.k_panels + std::int64_t{local} / Operand::kDepth * C::kPanel,
         block_words * C::kPanel, w.dq, qk_columns_, spans, groups, qk_columns_, nullptr, nullptr);
+  }
+
+  // out[keys] += Pᵀ dO, or dSᵀ Q, over `rows` of the queries.
+  void add_keys(const Word* words, const Word* panels, Span keys, Span rows, float* out,
+                int columns) const {
+    if constexpr (ByTiles<Operand>) {
+      Span depths[kGroups];
+      for (int g = 0; g < kGroups; ++g) {
+        const int key = g * C::kMicroRows;
+        depths[g] = keys.begin <= key && key < keys.end ? rows : Span{};
+      }
+      product_depth<Operand, kLdt, Update::add>(words, panels, kPanelStride, out, columns, depths,
+                                                kGroups, columns, nullptr, nullptr);
+    } else {
+      product_transposed<Operand, kLds>(words, panels, kPanelStride, out, columns, keys, rows,
+                                        columns);
+    }
+  }
+
+  // out[column][row / 2] = the pair of rows, for rows and columns of a tile of floats.
+  void transpose_words(const float* tile, Span rows, Span columns, Word* out) const {
+    constexpr int kLanes = Isa::kLanes;
+    for (int r = rows.begin; r < rows.end; r += 2 * kLanes)
+      for (int c = columns.begin; c < columns.end; c += kLanes) {
+        typename Isa::Vec square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const float* even = tile + (r + 2 * i) * kLds + c;
+          square[i] = Isa::zipped(Isa::load(even), Isa::load(even + kLds));
+        }
+        transpose_steps<1>(square);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j)
+          Isa::store(reinterpret_cast<float*>(out) + (c + j) * kLdt + r / 2, square[j]);
+      }
   }
 
   // Turns row r of S and dP into P and dS, over the whole width of the tile: 0 where nothing is seen.

@@ -19,6 +19,7 @@ class DecodeKernel {
   // Up to which forward is slower, however few the keys. With fewer registers forward's products
   // pay sooner; the scalar set widens 16-bit elements one by one besides.
   static constexpr int kFewRows = Isa::kMicroRows >= 12 ? kMaxRows : Isa::kMicroRows > 4 ? 24 : 16;
+  static constexpr bool kTiles = ByTiles<Operand>;
   static constexpr int kKeys = 128;      // keys of one step, at most
   static constexpr int kLeastKeys = 32;  // at least
   static_assert(kLeastKeys % C::kPanel == 0);
@@ -29,6 +30,7 @@ class DecodeKernel {
   // Words of depth, or of keys, of one turn of a product's loop. Two of few vectors, because the
   // loop and what it asks memory for are a third of its instructions otherwise.
   static constexpr int kTurn = kWide == 2 && Operand::kDepth == 1 ? 2 : 1;
+  static constexpr int kKeyGroup = std::max(kWide, Operand::kDepthStep);  // keys of a product
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
     return DecodeKernel(plan, p, WorkspaceLayout()).bytes_;
@@ -46,6 +48,7 @@ class DecodeKernel {
     Word* q_blocks;   // [task_heads_][blocks_][q_depth_][kLanes]: rows whose scores are a lane each
     Word* k;          // [kKeys][q_words_], where keys do not stand in memory as words
     float* s_blocks;  // [blocks_][kKeys][kLanes]
+    Word* v;          // by tiles, [kKeys / 2][o_columns_]: pairs of keys
     float* s;         // [rows][kKeys]
     Word* p;          // the words of S; S itself where they are floats
     float* o;         // [task_heads_][rows][o_columns_]
@@ -65,6 +68,7 @@ class DecodeKernel {
         workers_(plan.workers),
         splits_(plan.splits),
         rows_(static_cast<int>(group_of(problem) * max_seqlen_q(problem))),
+        o_rows_(kTiles ? blocks_of(rows_) * block_rows(rows_) : rows_),
         blocks_(blocks_of(rows_)),
         q_depth_(words_of<C>(problem.q.head_dim())),
         q_words_(round_up(q_depth_, Isa::kLanes)),
@@ -78,7 +82,7 @@ class DecodeKernel {
       together = std::max(together, batch_entries(p_) * heads * splits_ / kTasks);
     task_heads_ = static_cast<int>(clamp64(together, 1, std::max<std::int64_t>(heads, 1)));
     head_tasks_ = (heads + task_heads_ - 1) / task_heads_;
-    const std::int64_t parts = splits_ > 1 ? batch_entries(p_) * p_.k.heads() * splits_ * rows_ : 0;
+    const std::int64_t parts = splits_ > 1 ? batch_entries(p_) * p_.k.heads() * splits_ * o_rows_ : 0;
     partial_o_ = layout.add<float>(parts * o_columns_);
     partial_state_ = layout.add<SoftmaxState>(parts);
     scratch_bytes_ = carve(WorkspaceLayout()).bytes;
@@ -104,14 +108,15 @@ class DecodeKernel {
     s.q = layout.add<Word>(std::int64_t{task_heads_} * rows_ * q_words_);
     s.q_blocks = layout.add<Word>(std::int64_t{task_heads_} * block_words() + Isa::kLanes);
     s.k = layout.add<Word>(blocks_ == 0 ? 0 : kKeys * q_words_);
+    s.v = layout.add<Word>(kTiles ? kKeys / 2 * std::int64_t{o_columns_} : 0);
     s.s = layout.add<float>(std::int64_t{rows_} * kKeys);
     s.s_blocks = layout.add<float>(std::int64_t{blocks_} * kKeys * Isa::kLanes);
     if constexpr (C::kPairs) {
-      s.p = layout.add<Word>(std::int64_t{rows_} * kLdp);
+      s.p = layout.add<Word>(std::int64_t{o_rows_} * kLdp);
     } else {
       s.p = s.s;
     }
-    s.o = layout.add<float>(std::int64_t{task_heads_} * rows_ * o_columns_);
+    s.o = layout.add<float>(std::int64_t{task_heads_} * o_rows_ * o_columns_);
     s.nothing = layout.add<Element>(std::max(p_.q.head_dim(), p_.v.head_dim()));
     s.kept = layout.add<float>(kKeys);
     s.statistics = layout.add<RowStatistics<Isa, kMaxRows>>(task_heads_);
@@ -147,13 +152,14 @@ class DecodeKernel {
   }
 
   std::int64_t part_index(const SequenceSlice& at, std::int64_t head, int split, int r) const {
-    return ((at.entry * p_.k.heads() + head) * splits_ + split) * rows_ + r;
+    return ((at.entry * p_.k.heads() + head) * splits_ + split) * o_rows_ + r;
   }
 
   // The query rows of key heads [head0, head_end) against one part of the keys.
   void part(const Scratch& w, const SequenceSlice& at, std::int64_t head0, std::int64_t head_end,
             int split) const {
     const int rows = static_cast<int>(group_of(p_)) * at.q.length;
+    [[maybe_unused]] const Tiles<Isa> tiles(block_rows(rows));
     const int step_keys = keys_of_step(rows);
     const int steps = ceil_div(at.k.length, step_keys);
     const int begin = static_cast<int>(std::int64_t{steps} * split / splits_) * step_keys;
@@ -203,7 +209,7 @@ class DecodeKernel {
                   int split) const {
     w.q += i * rows_ * q_words_;
     w.q_blocks += i * block_words();
-    w.o = splits_ == 1 ? w.o + i * rows_ * o_columns_
+    w.o = splits_ == 1 ? w.o + i * o_rows_ * o_columns_
                        : partial_o_ + part_index(at, head, split, 0) * o_columns_;
     w.statistics += i;
     return w;
@@ -236,7 +242,7 @@ class DecodeKernel {
   }
 
   // Where the keys and values of one step stand. `live` are those that some row sees, up to whole
-  // groups of kWide; what of them cannot be seen is a row of zeros.
+  // groups of kKeyGroup; what of them cannot be seen is a row of zeros.
   struct Block {
     Span live;
     const Element* k[kKeys];
@@ -246,7 +252,8 @@ class DecodeKernel {
                  Span seen, int key0, int step_keys) const {
     const Span keys{std::max(seen.begin - key0, 0), std::min(seen.end - key0, step_keys)};
     block.live =
-        keys.empty() ? Span{} : Span{keys.begin / kWide * kWide, round_up(keys.end, kWide)};
+        keys.empty() ? Span{}
+                     : Span{keys.begin / kKeyGroup * kKeyGroup, round_up(keys.end, kKeyGroup)};
     std::fill(block.k + block.live.begin, block.k + block.live.end, nothing);
     std::fill(block.v + block.live.begin, block.v + block.live.end, nothing);
     if (keys.empty()) return;
@@ -278,8 +285,9 @@ class DecodeKernel {
     const int others = ceil_div(rows - in_blocks, kTogether);  // groups of rows
     LinesAhead keys_ahead(
         next.k, next.live, p_.q.head_dim(),
-        keys / kWide *
-            (blocks * q_depth_ / kChains + others * ceil_div(q_words_, kTurn * Isa::kLanes)));
+        kTiles ? keys
+               : keys / kWide * (blocks * q_depth_ / kChains +
+                                 others * ceil_div(q_words_, kTurn * Isa::kLanes)));
     if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
     for_groups(in_blocks, rows, [&](auto count, int r) {
       score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
@@ -301,6 +309,17 @@ class DecodeKernel {
         apply_factors<Isa>(w.s + r * kKeys, w.kept, columns);
         to_words<Operand>(w.s + r * kKeys, w.p + r * kLdp, columns);
       }
+    if constexpr (kTiles) {
+      value_tiles(w, block, next, rows, statistics.rescaled);
+    } else {
+      value_groups(w, block, next, rows, statistics.rescaled);
+    }
+  }
+
+  // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i], a few rows at a time.
+  void value_groups(const Scratch& w, const Block& block, const Block& next, int rows,
+                    const float* rescaled) const {
+    const int keys = block.live.end - block.live.begin;
     // Where the type has to be widened, twice the rows make use of half the vectors.
     constexpr int kPaired = kWide == 4 && !std::is_same_v<Element, float> ? 8 : 4;
     const int paired = kPaired == 8 ? rows / 8 * 8 : 0;
@@ -313,7 +332,7 @@ class DecodeKernel {
         turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), kWide));
     const auto values = [&](auto count, auto vectors, int r) {
       value_rows<decltype(count)::value, decltype(vectors)::value>(
-          w.p + r * kLdp, block, values_ahead, statistics.rescaled + r,
+          w.p + r * kLdp, block, values_ahead, rescaled + r,
           w.o + std::int64_t{r} * o_columns_);
     };
     if constexpr (kPaired == 8)
@@ -385,9 +404,14 @@ class DecodeKernel {
   // AVX-512 for 16 rows, or what is left of them at the end; AVX2 has too few registers to gain.
   HEED_BASELINE static int blocks_of(int rows) {
     constexpr int kGroup = 16, kFewest = 10;
+    if (kTiles) return ceil_div(rows, kGroup);
     const int groups = (rows + kGroup - kFewest) / kGroup;
     if (kWide < 4 || groups < (kSameWords ? 1 : 2)) return 0;
     return ceil_div(std::min(rows, groups * kGroup), Isa::kLanes);
+  }
+  // Rows of P and O in a tile: all blocks have as many, so that there may be rows too many at the end.
+  HEED_BASELINE static int block_rows(int rows) {
+    return ceil_div(std::max(rows, 1), std::max(blocks_of(rows), 1));
   }
   HEED_BASELINE std::int64_t block_words() const {
     return std::int64_t{blocks_} * q_depth_ * Isa::kLanes;
@@ -397,17 +421,21 @@ class DecodeKernel {
   void score_blocks(const Scratch& w, const Block& block, int blocks, int rows,
                     LinesAhead& ahead) const {
     const void* keys[kKeys];
-    const bool in_place = kSameWords && p_.q.head_dim() % Operand::kDepth == 0;
+    const bool in_place = kSameWords && !kTiles && p_.q.head_dim() % Operand::kDepth == 0;
     for (int i = block.live.begin; i < block.live.end; ++i) {
       keys[i] = block.k[i];
       if (in_place) continue;
+      if constexpr (kTiles) ahead.ask();
       load_words_of(block.k[i], w.k + i * q_words_);
       keys[i] = w.k + i * q_words_;
     }
     for (int b = 0; b < blocks;) {
       const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * Isa::kLanes;
       float* out = w.s_blocks + b * kKeys * Isa::kLanes;
-      if (blocks - b >= 4) {
+      if constexpr (kTiles) {
+        score_tiles(q, w.k, block.live, out);
+        b += 1;
+      } else if (blocks - b >= 4) {
         score_lanes<4>(q, keys, block.live, ahead, out);
         b += 4;
       } else if (blocks - b >= 2) {
@@ -428,6 +456,66 @@ class DecodeKernel {
         transpose_steps<1>(square);
         for (int j = 0; j < std::min(Isa::kLanes, rows - r); ++j)
           Isa::store(w.s + (r + j) * kKeys + i, square[j]);
+      }
+  }
+
+  // out[i][r] = q[r] · k[i] for the rows of a block: 32 keys are A.
+  void score_tiles(const Word* q, const Word* keys, Span live, float* out) const {
+    constexpr int kRows = Isa::kTileRows, kWords = Isa::kTileWords;
+    for (int i = live.begin; i < live.end; i += 2 * kRows) {
+      const Word* a = keys + std::int64_t{i} * q_words_;
+      Isa::template zero_tile<0>();
+      Isa::template zero_tile<1>();
+      for (int k = 0; k < q_depth_; k += kWords) {
+        Isa::template load_tile<6>(q + k * Isa::kLanes, Isa::kLanes);
+        Isa::template load_tile<2>(a + k, q_words_);
+        Isa::template multiply_tiles<0, 2, 6>();
+        Isa::template load_tile<2>(a + kRows * q_words_ + k, q_words_);
+        Isa::template multiply_tiles<1, 2, 6>();
+      }
+      Isa::template store_tile<0>(out + i * Isa::kLanes, Isa::kLanes);
+      Isa::template store_tile<1>(out + (i + kRows) * Isa::kLanes, Isa::kLanes);
+    }
+  }
+
+  // The same by tiles: the pairs of keys are B.
+  void value_tiles(const Scratch& w, const Block& block, const Block& next, int rows,
+                   const float* rescaled) const {
+    LinesAhead values_ahead(next.v, next.live, p_.v.head_dim(),
+                            (block.live.end - block.live.begin) / 2);
+    constexpr int kWords = Isa::kTileWords, kStep = 2 * kWords;
+    const int columns = static_cast<int>(p_.v.head_dim());
+    scale_rows<Isa>(w.o, o_columns_, rows, o_columns_, rescaled);
+    for (int i = block.live.begin; i < block.live.end; i += 2) {
+      values_ahead.ask();
+      Word* line = w.v + i / 2 * o_columns_;
+      const auto zip_columns = [&](int col, auto whole) __attribute__((always_inline)) {
+        typename Operand::Wide words[2];
+        load_values(block.v + i, col, columns, whole, words);
+        Isa::store(reinterpret_cast<float*>(line + col), (Vec)words[0]);
+        Isa::store(reinterpret_cast<float*>(line + col + Isa::kLanes), (Vec)words[1]);
+      };
+      int col = 0;
+      for (; col + kStep <= columns; col += kStep) zip_columns(col, std::true_type());
+      if (col < columns) zip_columns(col, std::false_type());
+    }
+    const int block_rows_now = block_rows(rows);
+    for (int col = 0; col < columns; col += kStep)
+      for (int b = 0; b < blocks_of(rows); ++b) {
+        float* o = w.o + std::int64_t{b} * block_rows_now * o_columns_ + col;
+        const Word* p = w.p + b * block_rows_now * kLdp;
+        Isa::template load_tile<3>(o, o_columns_);
+        Isa::template load_tile<4>(o + kWords, o_columns_);
+        for (int i = block.live.begin / 2; i < block.live.end / 2; i += kWords) {
+          const Word* v = w.v + i * o_columns_ + col;
+          Isa::template load_tile<5>(p + i, kLdp);
+          Isa::template load_tile<6>(v, o_columns_);
+          Isa::template load_tile<7>(v + kWords, o_columns_);
+          Isa::template multiply_tiles<3, 5, 6>();
+          Isa::template multiply_tiles<4, 5, 7>();
+        }
+        Isa::template store_tile<3>(o, o_columns_);
+        Isa::template store_tile<4>(o + kWords, o_columns_);
       }
   }
 
@@ -524,8 +612,7 @@ class DecodeKernel {
     keys_ahead = ahead;
   }
 
-  // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i]. Asks for the next step's values
-  // meanwhile.
+  // kRows of them. Asks for the next step's values meanwhile.
   template <int kRows, int kVectors>
   void value_rows(const Word* p, const Block& block, LinesAhead& values_ahead,
                   const float* rescaled, float* o) const {
@@ -642,6 +729,7 @@ class DecodeKernel {
   int task_heads_ = 1;  // key heads of a task
   std::int64_t head_tasks_ = 1;
   const int rows_;       // query rows of one key head, at most
+  const int o_rows_;     // the same, up to whole tiles of O
   const int blocks_;     // of kLanes rows, which have their scores computed a lane each
   const int q_depth_;    // words of one query row
   const int q_words_;    // the same, up to whole vectors

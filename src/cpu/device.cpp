@@ -3,6 +3,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -18,6 +20,19 @@ namespace heed {
 namespace cpu {
 namespace {
 
+#if defined(__x86_64__)
+// Linux gives a process the tile registers when it asks, once for all of its threads. It refuses
+// where a thread has a signal stack that their 8 KB do not fit on.
+bool may_use_tiles() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // __builtin_cpu_supports also asks XGETBV whether the operating system saves the wide registers.
 Arch detected_arch() {
 #if defined(__x86_64__)
@@ -28,7 +43,8 @@ Arch detected_arch() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Arch::avx512_bf16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16"))
+    return may_use_tiles() ? Arch::amx_bf16 : Arch::avx512_bf16;
   if (avx512) return Arch::avx512;
   if (avx2) return Arch::avx2;
   return Arch::scalar;

@@ -21,8 +21,8 @@ struct Config {
   using Isa = IsaT;
   using Element = ElementT;
   static constexpr bool kPairs = Isa::kHasBf16Dot && std::is_same_v<Element, bf16>;
-  using Operand = typename std::conditional_t<kPairs, std::type_identity<Bf16Operand<Isa>>,
-                                              std::type_identity<F32Operand<Isa>>>::type;
+  using Pairs = std::conditional_t<HasTiles<Isa>, TileOperand<Isa>, Bf16Operand<Isa>>;
+  using Operand = std::conditional_t<kPairs, Pairs, F32Operand<Isa>>;
   using Word = typename Operand::Word;
   static constexpr int kPanel = cpu::kPanel<Isa>;
   static constexpr int kMicroRows = Isa::kMicroRows;
@@ -34,7 +34,7 @@ struct Config {
 
 template <class C>
 HEED_BASELINE constexpr int words_of(std::int64_t elements) {
-  return static_cast<int>((elements + C::Operand::kDepth - 1) / C::Operand::kDepth);
+  return depth_words<typename C::Operand>(elements);
 }
 
 template <class C>
@@ -55,17 +55,18 @@ Span group_keys(const RowLimits* limits, int first, int rows, int key0, int colu
   return span.empty() ? Span{} : span;
 }
 
-// The same from the beginning of a panel to the end of a vector.
+// The same from the beginning of a panel to the end of a vector, or of the depth of a tile.
 template <class C>
 Span group_span(Span keys) {
-  return {keys.begin / C::kPanel * C::kPanel, round_up(keys.end, C::Isa::kLanes)};
+  constexpr int kStep = std::max(C::Isa::kLanes, C::Operand::kDepthStep);
+  return {keys.begin / C::kPanel * C::kPanel, round_up(keys.end, kStep)};
 }
 
-// The same up to whole words.
+// The same up to whole steps of depth.
 template <class C>
 Span group_depth(Span keys) {
-  constexpr int kDepth = C::Operand::kDepth;
-  return {keys.begin / kDepth * kDepth, round_up(keys.end, kDepth)};
+  constexpr int kStep = C::Operand::kDepthStep;
+  return {keys.begin / kStep * kStep, round_up(keys.end, kStep)};
 }
 
 // Adds rows [begin, end) of one head, as far as the entry has them. A tensor without elements has no
@@ -282,6 +283,7 @@ class ForwardKernel {
   // Rows that are needed after it are in `ahead`.
   void tile(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, const Word* k,
             const Word* v, RowsAhead* ahead) const {
+    [[maybe_unused]] const Tiles<Isa> tiles;
     const int rows = std::min(kTileM, at.q.length - row0);
     const int groups = (rows + C::kMicroRows - 1) / C::kMicroRows;
     RowLimits limits[kTileM];
@@ -292,7 +294,7 @@ class ForwardKernel {
       all.first = std::min(all.first, limits[r].first);
       all.end = std::max(all.end, limits[r].end);
     }
-    pack_transposed<typename C::Operand, C::kMicroRows>(
+    pack_rows<typename C::Operand>(
         [&](int r) { return row_of<Element>(p_.q, at.q, head, row0 + r); }, rows,
         static_cast<int>(p_.q.head_dim()), w.q);
     std::fill_n(w.o, groups * C::kMicroRows * v_columns_, 0.f);

@@ -17,7 +17,8 @@ struct F32Operand {
   using Word = float;
   using Vec = typename Isa::Vec;
   using Wide = Vec;
-  static constexpr int kDepth = 1;  // elements per word
+  static constexpr int kDepth = 1;      // elements per word
+  static constexpr int kDepthStep = 1;  // elements that a product takes at a time
   static Wide load(const Word* p) { return Isa::load(p); }
   static Vec mac(Vec acc, Word a, Wide b) { return Isa::fma(Isa::broadcast(a), b, acc); }
   static Vec multiply_add(Vec acc, Wide a, Wide b) { return Isa::fma(a, b, acc); }
@@ -30,10 +31,39 @@ struct Bf16Operand {
   using Vec = typename Isa::Vec;
   using Wide = typename Isa::Pairs;
   static constexpr int kDepth = 2;
+  static constexpr int kDepthStep = 2;
   static Wide load(const Word* p) { return Isa::load_pairs(p); }
   static Vec mac(Vec acc, Word a, Wide b) { return Isa::dot(acc, a, b); }
   static Vec multiply_add(Vec acc, Wide a, Wide b) { return Isa::dot(acc, a, b); }
 };
+
+// A by rows, B in panels as ever: what AMX multiplies, 32 x 32 sums and 32 of depth at a time.
+template <class IsaT>
+struct TileOperand : Bf16Operand<IsaT> {
+  static constexpr int kDepthStep = 32;
+};
+
+template <class Isa>
+concept HasTiles = requires { typename Isa::Tiles; };
+template <class Operand>
+concept ByTiles = std::is_same_v<Operand, TileOperand<typename Operand::Isa>>;
+
+// What a task does before its first product.
+template <class Isa>
+struct Tiles {
+  explicit Tiles(int = 0) {}
+};
+template <HasTiles Isa>
+struct Tiles<Isa> : Isa::Tiles {
+  using Isa::Tiles::Tiles;
+};
+
+// Words of so many elements, up to what a product takes at a time.
+template <class Operand>
+constexpr int depth_words(std::int64_t elements) {
+  constexpr int kStep = Operand::kDepthStep;
+  return static_cast<int>((elements + kStep - 1) / kStep * (kStep / Operand::kDepth));
+}
 
 template <class Isa>
 inline constexpr int kPanel = 2 * Isa::kLanes;  // columns of one panel of B
@@ -136,6 +166,56 @@ template <class Operand, int kRow, int kDepthStride, Update kUpdate, int kVector
     }
 }
 
+// C *= factor[row], where there is a factor other than 1.
+template <class Isa>
+void scale_rows(float* c, int ldc, int rows, int cols, const float* factor) {
+  for (int r = 0; r < rows; ++r) {
+    if (factor[r] == 1.f) continue;
+    const auto f = Isa::broadcast(factor[r]);
+    for (int col = 0; col < cols; col += Isa::kLanes)
+      Isa::store(c + r * ldc + col, Isa::load(c + r * ldc + col) * f);
+  }
+}
+
+// The same for 32 rows of A, `lda` words apart, by tiles. C that is to be scaled has been.
+template <ByTiles Operand, Update kUpdate>
+[[gnu::always_inline]] inline void tile_product(const typename Operand::Word* a, int lda,
+                                                const typename Operand::Word* b, int depth,
+                                                float* c, int ldc, Ahead ahead,
+                                                RowsAhead* rows_ahead) {
+  using Isa = typename Operand::Isa;
+  constexpr int kRows = Isa::kTileRows, kWords = Isa::kTileWords;
+  float* const below = c + kRows * ldc;
+  if constexpr (kUpdate == Update::store) {
+    Isa::template zero_tile<0>();
+    Isa::template zero_tile<1>();
+    Isa::template zero_tile<2>();
+    Isa::template zero_tile<3>();
+  } else {
+    Isa::template load_tile<0>(c, ldc);
+    Isa::template load_tile<1>(c + kWords, ldc);
+    Isa::template load_tile<2>(below, ldc);
+    Isa::template load_tile<3>(below + kWords, ldc);
+  }
+  for (int k = 0; k < depth; k += kWords) {
+    if (rows_ahead != nullptr) rows_ahead->ask();
+    for (int i = 0; i < kWords; ++i) __builtin_prefetch(ahead.at + i * ahead.step);
+    ahead.at += kWords * ahead.step;
+    Isa::template load_tile<6>(b + k * kPanel<Isa>, kPanel<Isa>);
+    Isa::template load_tile<4>(a + k, lda);
+    Isa::template load_tile<7>(b + k * kPanel<Isa> + kWords, kPanel<Isa>);
+    Isa::template load_tile<5>(a + kRows * lda + k, lda);
+    Isa::template multiply_tiles<0, 4, 6>();
+    Isa::template multiply_tiles<1, 4, 7>();
+    Isa::template multiply_tiles<2, 5, 6>();
+    Isa::template multiply_tiles<3, 5, 7>();
+  }
+  Isa::template store_tile<0>(c, ldc);
+  Isa::template store_tile<1>(c + kWords, ldc);
+  Isa::template store_tile<2>(below, ldc);
+  Isa::template store_tile<3>(below + kWords, ldc);
+}
+
 // Columns (for S, dP) or depth (for the products with P and dS) that a group of kMicroRows rows needs.
 struct Span {
   int begin = 0;
@@ -144,7 +224,7 @@ struct Span {
 };
 
 // C[:, span] = A B for every group of rows; spans begin at multiples of kPanel and end at multiples
-// of kLanes. A: panels of kMicroRows rows.
+// of kLanes. A: panels of kMicroRows rows, by tiles rows of `depth` words.
 template <class Operand>
 void product_columns(const typename Operand::Word* a, const typename Operand::Word* b, int depth,
                      float* c, int ldc, const Span* spans, int groups, int cols,
@@ -154,16 +234,22 @@ void product_columns(const typename Operand::Word* a, const typename Operand::Wo
   for (int col = 0; col < cols; col += kPanel<Isa>, b += std::int64_t{depth} * kPanel<Isa>)
     for (int g = 0; g < groups; ++g) {
       if (col < spans[g].begin || spans[g].end <= col) continue;
-      const auto product = [&](auto vectors) __attribute__((always_inline)) {
-        micro_product<Operand, 1, kRows, Update::store, decltype(vectors)::value>(
-            a + std::int64_t{g} * depth * kRows, b, depth, c + g * kRows * ldc + col, ldc, nullptr,
-            part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups),
-            rows_ahead);
-      };
-      if (spans[g].end - col > Isa::kLanes) {
-        product(std::integral_constant<int, 2>());
+      const Ahead ahead =
+          part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups);
+      if constexpr (ByTiles<Operand>) {
+        tile_product<Operand, Update::store>(a + std::int64_t{g} * depth * kRows, depth, b, depth,
+                                             c + g * kRows * ldc + col, ldc, ahead, rows_ahead);
       } else {
-        product(std::integral_constant<int, 1>());
+        const auto product = [&](auto vectors) __attribute__((always_inline)) {
+          micro_product<Operand, 1, kRows, Update::store, decltype(vectors)::value>(
+              a + std::int64_t{g} * depth * kRows, b, depth, c + g * kRows * ldc + col, ldc,
+              nullptr, ahead, rows_ahead);
+        };
+        if (spans[g].end - col > Isa::kLanes) {
+          product(std::integral_constant<int, 2>());
+        } else {
+          product(std::integral_constant<int, 1>());
+        }
       }
     }
 }
@@ -177,6 +263,10 @@ void product_depth(const typename Operand::Word* a, const typename Operand::Word
   using Isa = typename Operand::Isa;
   constexpr int kRows = Isa::kMicroRows;
   const auto* const first_panel = b;
+  if constexpr (ByTiles<Operand> && kUpdate == Update::scale_add)
+    for (int g = 0; g < groups; ++g)
+      if (!spans[g].empty())
+        scale_rows<Isa>(c + g * kRows * ldc, ldc, kRows, cols, factor + g * kRows);
   for (int col = 0; col < cols; col += kPanel<Isa>, b += panel_stride)
     for (int g = 0; g < groups; ++g) {
       if (spans[g].empty()) continue;
@@ -186,10 +276,17 @@ void product_depth(const typename Operand::Word* a, const typename Operand::Word
       const bool last = col + kPanel<Isa> >= cols;
       const auto* next = last ? first_panel + std::int64_t{first + depth} * kPanel<Isa>
                               : b + panel_stride + std::int64_t{first} * kPanel<Isa>;
-      micro_product<Operand, kLda, 1, kUpdate>(
-          a + g * kRows * kLda + first, b + std::int64_t{first} * kPanel<Isa>, depth,
-          c + g * kRows * ldc + col, ldc, factor == nullptr ? nullptr : factor + g * kRows,
-          part_of_panel<Isa>(next, depth, g, groups), rows_ahead);
+      const Ahead ahead = part_of_panel<Isa>(next, depth, g, groups);
+      if constexpr (ByTiles<Operand>) {
+        tile_product<Operand, Update::add>(a + g * kRows * kLda + first, kLda,
+                                           b + std::int64_t{first} * kPanel<Isa>, depth,
+                                           c + g * kRows * ldc + col, ldc, ahead, rows_ahead);
+      } else {
+        micro_product<Operand, kLda, 1, kUpdate>(
+            a + g * kRows * kLda + first, b + std::int64_t{first} * kPanel<Isa>, depth,
+            c + g * kRows * ldc + col, ldc, factor == nullptr ? nullptr : factor + g * kRows,
+            ahead, rows_ahead);
+      }
     }
 }
 

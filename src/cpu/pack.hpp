@@ -72,7 +72,7 @@ void pack_transposed(const RowOf& row, int rows, int columns, typename Operand::
   using Isa = typename Operand::Isa;
   using Vec = typename Isa::Vec;
   constexpr int kLanes = Isa::kLanes;
-  const int words = (columns + Operand::kDepth - 1) / Operand::kDepth;
+  const int words = depth_words<Operand>(columns);
   using Element = std::remove_cvref_t<decltype(*row(0))>;
   for (int panel = 0; panel < rows; panel += kWidth, out += std::int64_t{words} * kWidth) {
     const Element* sources[round_up(kWidth, kLanes)] = {};
@@ -91,6 +91,25 @@ void pack_transposed(const RowOf& row, int rows, int columns, typename Operand::
                      square[i]);
       }
     }
+  }
+}
+
+// Rows as a product takes them for A: panels of kMicroRows of them, or, by tiles, one after the other
+// up to whole groups of kMicroRows.
+template <class Operand, class RowOf>
+void pack_rows(const RowOf& row, int rows, int columns, typename Operand::Word* out) {
+  using Isa = typename Operand::Isa;
+  using Element = std::remove_cvref_t<decltype(*row(0))>;
+  if constexpr (ByTiles<Operand>) {
+    const int words = depth_words<Operand>(columns);
+    for (int r = 0; r < round_up(rows, Isa::kMicroRows); ++r, out += words) {
+      const Element* source = r < rows ? row(r) : nullptr;
+      for (int word = 0; word < words; word += Isa::kLanes)
+        Isa::store(reinterpret_cast<float*>(out + word),
+                   load_words<Operand>(source, word, columns));
+    }
+  } else {
+    pack_transposed<Operand, Isa::kMicroRows>(row, rows, columns, out);
   }
 }
 

@@ -382,8 +382,8 @@ TEST(Devices, EnvironmentLowersTheInstructionSet) {
   EXPECT_EQ(s.code(), Code::invalid);
   EXPECT_EQ(
       s.message(),
-      "HEED_FORCE_ISA = mmx must be one of reference, scalar, avx2, avx512, avx512_bf16, neon, "
-      "neon_bf16");
+      "HEED_FORCE_ISA = mmx must be one of reference, scalar, avx2, avx512, avx512_bf16, amx_bf16, "
+      "neon, neon_bf16");
 }
 
 // Everything that the CPU offers but slow dot products.

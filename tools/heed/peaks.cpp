@@ -78,6 +78,34 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) double bf16_avx5
   for (const __m512& sum : sums) *sink += _mm512_cvtss_f32(sum);
   return 2.0 * 32 * kChains * static_cast<double>(kSteps);
 }
+
+// Written out, because the intrinsics take no tile number that is not a literal.
+__attribute__((target("amx-tile,amx-bf16"))) double bf16_amx(float* sink) {
+  struct alignas(64) {
+    std::uint8_t palette = 1, rest[15] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } tiles;
+  alignas(64) static const std::uint16_t kZeros[16 * 32] = {};
+  alignas(64) float sums[16 * 16];
+  asm volatile("ldtilecfg %0" : : "m"(tiles));
+  asm volatile("tileloadd (%0,%1,1), %%tmm4\n\ttileloadd (%0,%1,1), %%tmm5\n\t"
+               "tileloadd (%0,%1,1), %%tmm6\n\ttileloadd (%0,%1,1), %%tmm7"
+               :
+               : "r"(kZeros), "r"(std::int64_t{64})
+               : "memory");
+  constexpr std::int64_t kTurns = kSteps / 4;
+  for (std::int64_t turn = 0; turn < kTurns; ++turn)
+    asm volatile(
+        "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
+        "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+        :
+        :);
+  asm volatile("tilestored %%tmm0, (%0,%1,1)" : : "r"(sums), "r"(std::int64_t{64}) : "memory");
+  asm volatile("tilerelease");
+  *sink += sums[0];
+  return 2.0 * 16 * 16 * 32 * 4 * static_cast<double>(kTurns);
+}
 #elif defined(__aarch64__)
 constexpr int kNeonChains = 24;  // four instructions a clock, each of up to 6 clocks
 
@@ -107,7 +135,7 @@ double bf16_neon(float* sink) {
 
 Loop fma_loop(Arch arch) {
 #if defined(__x86_64__)
-  if (arch == Arch::avx512 || arch == Arch::avx512_bf16) return fma_avx512;
+  if (Arch::avx512 <= arch && arch <= Arch::amx_bf16) return fma_avx512;
   if (arch == Arch::avx2) return fma_avx2;
 #elif defined(__aarch64__)
   if (arch == Arch::neon || arch == Arch::neon_bf16) return fma_neon;
@@ -118,6 +146,7 @@ Loop fma_loop(Arch arch) {
 
 Loop bf16_loop(Arch arch) {
 #if defined(__x86_64__)
+  if (arch == Arch::amx_bf16) return bf16_amx;
   if (arch == Arch::avx512_bf16) return bf16_avx512;
 #elif defined(__aarch64__)
   if (arch == Arch::neon_bf16) return bf16_neon;

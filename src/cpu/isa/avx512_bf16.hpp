@@ -6,7 +6,9 @@
 
 #include <cstdint>
 
+#ifndef HEED_ISA
 #define HEED_ISA avx512_bf16
+#endif
 #include "cpu/isa/avx512.hpp"
 
 #if defined(__clang__)
@@ -38,10 +40,13 @@ struct Avx512Bf16 : Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
   }
   // Words that pair the lanes of two rows: even in the low half.
-  static void store_zipped(std::uint32_t* p, Vec even, Vec odd) {
+  static Vec zipped(Vec even, Vec odd) {
     const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
     const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-    _mm512_storeu_si512(p, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+    return _mm512_castsi512_ps(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+  }
+  static void store_zipped(std::uint32_t* p, Vec even, Vec odd) {
+    _mm512_storeu_ps(p, zipped(even, odd));
   }
   static void store_zipped(std::uint32_t* p, const bf16* even, const bf16* odd) {
     const __m512i lo = _mm512_cvtepu16_epi32(
