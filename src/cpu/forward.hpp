@@ -121,11 +121,14 @@ class ForwardKernel {
   using Word = typename C::Word;
 
  public:
-  static constexpr int kTileM = 96;
-  static constexpr int kTileN = 192;
+  static constexpr bool kTiles = ByTiles<typename C::Operand>;
+  static constexpr int kTileM = kTiles ? 192 : 96;
+  static constexpr int kTileN = kTiles ? 256 : 192;
+  static constexpr int kChunk = kTiles ? 64 : kTileN;  // keys whose scores are computed at a time
   static constexpr int kGroups = kTileM / C::kMicroRows;
-  static constexpr int kLds = kTileN + 16;                // floats per row of S: an odd number of lines
-  static constexpr int kLdp = kLds / C::Operand::kDepth;  // words per row of P
+  static constexpr int kRowsOfS = kTiles ? C::kMicroRows : kTileM;  // and of P
+  static constexpr int kLds = kChunk + 16;  // floats per row of S: an odd number of lines
+  static constexpr int kLdp = (kTileN + 16 * C::Operand::kDepth) / C::Operand::kDepth;  // words per row of P
   static_assert(kTileM % C::kMicroRows == 0 && kTileN % C::kPanel == 0);
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
@@ -139,6 +142,8 @@ class ForwardKernel {
   }
 
  private:
+  using Statistics = RowStatistics<Isa, kTileM>;
+
   struct Scratch {
     Word* q;  // panels of kMicroRows rows
     float* s;
@@ -178,9 +183,9 @@ class ForwardKernel {
   HEED_BASELINE Carved carve(WorkspaceLayout layout) const {
     Scratch s;
     s.q = layout.add<Word>(std::int64_t{kTileM} * k_words_ + Isa::kLanes);
-    s.s = layout.add<float>(std::int64_t{kTileM} * kLds);
+    s.s = layout.add<float>(std::int64_t{kRowsOfS} * kLds);
     if constexpr (C::kPairs) {
-      s.p = layout.add<Word>(std::int64_t{kTileM} * kLdp);
+      s.p = layout.add<Word>(std::int64_t{kRowsOfS} * kLdp);
     } else {
       s.p = s.s;
     }
@@ -280,76 +285,223 @@ class ForwardKernel {
     return packed_v_ + pack_offset(at, head) / C::Operand::kDepth * v_columns_;
   }
 
+  // Rows of a head, what they see, and the panels of their keys.
+  struct Tile {
+    const Scratch& w;
+    const SequenceSlice& at;
+    std::int64_t head;
+    int row0, rows, groups;
+    const RowLimits* limits;
+    RowLimits seen;  // by any of them
+    const Word *k, *v;
+  };
   // Rows that are needed after it are in `ahead`.
   void tile(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, const Word* k,
             const Word* v, RowsAhead* ahead) const {
     [[maybe_unused]] const Tiles<Isa> tiles;
-    const int rows = std::min(kTileM, at.q.length - row0);
-    const int groups = (rows + C::kMicroRows - 1) / C::kMicroRows;
     RowLimits limits[kTileM];
-    RowLimits all{at.k.length, 0};
-    for (int r = 0; r < rows; ++r) {
+    Tile t{w, at, head, row0, std::min(kTileM, at.q.length - row0), 0, limits, {at.k.length, 0},
+           k, v};
+    t.groups = ceil_div(t.rows, C::kMicroRows);
+    for (int r = 0; r < t.rows; ++r) {
       limits[r] = row_limits(p_.band, at, p_.intervals, row0 + r);
       if (limits[r].first >= limits[r].end) continue;
-      all.first = std::min(all.first, limits[r].first);
-      all.end = std::max(all.end, limits[r].end);
+      t.seen.first = std::min(t.seen.first, limits[r].first);
+      t.seen.end = std::max(t.seen.end, limits[r].end);
     }
     pack_rows<typename C::Operand>(
-        [&](int r) { return row_of<Element>(p_.q, at.q, head, row0 + r); }, rows,
+        [&](int r) { return row_of<Element>(p_.q, at.q, head, row0 + r); }, t.rows,
         static_cast<int>(p_.q.head_dim()), w.q);
-    std::fill_n(w.o, groups * C::kMicroRows * v_columns_, 0.f);
+    std::fill_n(w.o, t.groups * C::kMicroRows * v_columns_, 0.f);
 
     if (ahead != nullptr) {
-      add_rows<Element>(*ahead, p_.out, at.q, head, row0, row0 + rows);
-      ahead->spread(std::int64_t{groups} * std::max(0, all.end - all.first) *
+      add_rows<Element>(*ahead, p_.out, at.q, head, row0, row0 + t.rows);
+      ahead->spread(std::int64_t{t.groups} * std::max(0, t.seen.end - t.seen.first) *
                     (k_words_ + v_columns_ / C::Operand::kDepth) / C::kPanel);
     }
-    RowStatistics<Isa, kTileM> statistics;
-    const int padded = padded_columns<C>(at.k.length);
-    for (int key0 = all.first / C::kPanel * C::kPanel; key0 < all.end; key0 += kTileN) {
-      const int columns = std::min(kTileN, padded - key0);
-      Span spans[kGroups], depths[kGroups];
-      for (int g = 0; g < groups; ++g) {
-        const Span keys = group_keys<C>(limits, g * C::kMicroRows, rows, key0, columns);
-        spans[g] = group_span<C>(keys);
-        depths[g] = group_depth<C>(keys);
-      }
-      product_columns<typename C::Operand>(w.q, k + std::int64_t{key0} * k_words_, k_words_, w.s,
-                                           kLds, spans, groups, columns, ahead);
-      for (int g = 0; g < groups; ++g)
-        if (!spans[g].empty())
-          softmax(w, at, head, row0, g * C::kMicroRows, rows, limits, spans[g], key0, statistics);
-      product_depth<typename C::Operand, kLdp, Update::scale_add>(
-          w.p, v + std::int64_t{key0} / C::Operand::kDepth * C::kPanel,
-          std::int64_t{words_of<C>(padded)} * C::kPanel, w.o, v_columns_, depths, groups,
-          v_columns_, statistics.rescaled, ahead);
+    Statistics statistics;
+    if constexpr (kTiles) {
+      float sums[kTileM * Isa::kLanes] = {};
+      for (int key0 = first_key(t); key0 < t.seen.end; key0 += kTileN)
+        for (int g = 0; g < t.groups; ++g)
+          group_step(t, g, key0, statistics, sums + g * C::kMicroRows * Isa::kLanes, ahead);
+      for (int r = 0; r < t.rows; r += Isa::kLanes)
+        add_lanes(sums + r * Isa::kLanes, statistics.sum + r);
+    } else {
+      for (int key0 = first_key(t); key0 < t.seen.end; key0 += kTileN)
+        step(t, key0, statistics, ahead);
     }
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < t.rows; ++r)
       store_output<C>(p_, at, head, row0 + r, w.o + std::int64_t{r} * v_columns_, statistics[r]);
   }
 
-  // Scores of the group of rows from `first` on -> P.
-  void softmax(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, int first,
-               int rows, const RowLimits* limits, Span span, int key0,
-               RowStatistics<Isa, kTileM>& statistics) const {
-    const int end = std::min(first + C::kMicroRows, rows);
-    for (int r = first; r < end; ++r)
-      transform_.apply(w.s + r * kLds, nullptr, span, live_columns(limits[r], key0, span), at, head,
-                       row0 + r, key0);
+  static int first_key(const Tile& t) { return t.seen.first / C::kPanel * C::kPanel; }
+
+  // All rows against kTileN keys.
+  void step(const Tile& t, int key0, Statistics& statistics, RowsAhead* ahead) const {
+    const int columns = std::min(kTileN, padded_columns<C>(t.at.k.length) - key0);
+    Span spans[kGroups], depths[kGroups];
+    for (int g = 0; g < t.groups; ++g) {
+      const Span keys = group_keys<C>(t.limits, g * C::kMicroRows, t.rows, key0, columns);
+      spans[g] = group_span<C>(keys);
+      depths[g] = group_depth<C>(keys);
+    }
+    product_columns<typename C::Operand>(t.w.q, t.k + std::int64_t{key0} * k_words_, k_words_,
+                                         t.w.s, kLds, spans, t.groups, columns, ahead);
     const bool dropped = p_.dropout.probability > 0.f;
-    for (int r = first; r < end; r += Isa::kLanes)
-      softmax_rows<typename C::Operand>(w.s + r * kLds, kLds, r, std::min(end - r, Isa::kLanes),
-                                        span, transform_.factor(), statistics,
-                                        dropped ? nullptr : w.p + r * kLdp, kLdp);
-    if (!dropped) return;
-    for (int r = first; r < end; ++r) {
-      float* s = w.s + r * kLds;
-      dropout_mask(p_.dropout, at.entry, head, row0 + r, key0 + span.begin, span.end - span.begin,
-                   w.kept + span.begin);
-      apply_factors<Isa>(s, w.kept, span);
-      to_words<typename C::Operand>(s, w.p + r * kLdp, span);
+    for (int g = 0; g < t.groups; ++g) {
+      if (spans[g].empty()) continue;
+      const Group group = group_of_rows(t, g);
+      float* const s = t.w.s + group.first * kLds;
+      Word* const p = t.w.p + group.first * kLdp;
+      transform(t, group, spans[g], key0, s);
+      for (int r = 0; r < group.rows; r += Isa::kLanes)
+        softmax_rows<typename C::Operand>(
+            s + r * kLds, kLds, group.first + r, std::min(group.rows - r, Isa::kLanes), spans[g],
+            transform_.factor(), statistics, dropped ? nullptr : p + r * kLdp, kLdp);
+      if (dropped) drop(t, group, spans[g], key0, s, p);
+    }
+    add_values<Update::scale_add>(t, key0, t.w.p, t.w.o, depths, t.groups, statistics.rescaled,
+                                  ahead);
+  }
+
+  // Rows of a tile that products take together.
+  struct Group {
+    int first, rows;
+  };
+  static Group group_of_rows(const Tile& t, int g) {
+    return {g * C::kMicroRows, std::min(C::kMicroRows, t.rows - g * C::kMicroRows)};
+  }
+
+  // One group of rows against kTileN keys, by tiles. Scores are written and read again at once, while
+  // they are in L1, kChunk keys at a time. Maxima stay as they are until one has grown by kSlack,
+  // which is rare; until then O is read and written once for all chunks. `sums`: of each lane of
+  // each row, not yet added up.
+  void group_step(const Tile& t, int g, int key0, Statistics& statistics, float* sums,
+                  RowsAhead* ahead) const {
+    const Group group = group_of_rows(t, g);
+    const float factor = transform_.factor();
+    const float unit = 1.f / factor;
+    bool fresh = key0 == first_key(t);
+    float* const s = t.w.s;
+    float* const o = t.w.o + std::int64_t{group.first} * v_columns_;
+    const bool dropped = p_.dropout.probability > 0.f;
+    const int columns = std::min(kTileN, padded_columns<C>(t.at.k.length) - key0);
+    const Span seen = group_span<C>(group_keys<C>(t.limits, group.first, t.rows, key0, columns));
+    Span ready;  // columns of P that O still lacks
+    const auto add_ready = [&] {
+      add_values<Update::add>(t, key0, t.w.p, o, &ready, 1, nullptr, ahead);
+      ready = {};
+    };
+    const RowLimits common = common_keys(t, group);
+    for (int column = seen.begin; column < seen.end; column += kChunk) {
+      const int width = std::min(kChunk, seen.end - column);
+      const bool plain = transform_.plain && common.first <= key0 + column &&
+                         key0 + column + width <= common.end;
+      const Span span = plain ? Span{0, width}
+                              : group_span<C>(group_keys<C>(t.limits, group.first, t.rows,
+                                                            key0 + column, width));
+      if (span.empty()) continue;
+      product_columns<typename C::Operand>(
+          t.w.q + std::int64_t{group.first} * k_words_,
+          t.k + std::int64_t{key0 + column} * k_words_, k_words_, s, kLds, &span, 1, width, ahead);
+      if (!plain) transform(t, group, span, key0 + column, s);
+      const Span now{column + span.begin, column + span.end};
+      if (ready.end != now.begin) add_ready();
+      if (fresh) {
+        fresh = false;
+        for (int r = 0; r < group.rows; r += Isa::kLanes)
+          take_maxima<Isa, Isa::kLanes>(s + r * kLds, kLds, group.first + r,
+                                        std::min(group.rows - r, Isa::kLanes), span, factor,
+                                        statistics);
+      }
+      Word* const p = t.w.p + column / C::Operand::kDepth;
+      const auto exponentials_of = [&](Span live) __attribute__((always_inline)) {
+        for (int r = 0; r < group.rows; ++r) {
+          const int row = group.first + r;
+          float* const sum = sums + r * Isa::kLanes;
+          const auto compute = [&] {
+            return exponentials<typename C::Operand>(
+                s + r * kLds, dropped ? nullptr : p + r * kLdp, live, Isa::broadcast(factor),
+                Isa::broadcast(statistics.shift[row]));
+          };
+          const auto most = lane_maxima<Isa>(s + r * kLds, live);
+          if (Isa::any_greater(most, Isa::broadcast((statistics.max[row] + kSlack) * unit))) {
+            if (!ready.empty()) add_ready();
+            raise_maximum(statistics, row, most, o + std::int64_t{r} * v_columns_, sum);
+          }
+          Isa::store(sum, Isa::load(sum) + compute());
+        }
+      };
+      if (plain && width == kChunk) {
+        exponentials_of({0, kChunk});
+      } else {
+        exponentials_of(span);
+      }
+      if (dropped) drop(t, group, span, key0 + column, s, p);
+      ready = {ready.empty() ? now.begin : ready.begin, now.end};
+    }
+    add_ready();
+  }
+
+  // Keys that every row of a group sees, none where validity bits may hide some.
+  RowLimits common_keys(const Tile& t, Group group) const {
+    if (p_.intervals.bits != nullptr) return {};
+    RowLimits common = t.limits[group.first];
+    for (int r = group.first; r < group.first + group.rows; ++r)
+      common = {std::max(common.first, t.limits[r].first), std::min(common.end, t.limits[r].end)};
+    return common;
+  }
+
+  // sum[r] = the sum of the lanes of row r, for kLanes rows.
+  static void add_lanes(const float* lanes, float* sum) {
+    using Vec = typename Isa::Vec;
+    Vec rows[Isa::kLanes];
+    for (int r = 0; r < Isa::kLanes; ++r) rows[r] = Isa::load(lanes + r * Isa::kLanes);
+    Isa::store(sum, reduce_rows(rows, [](Vec a, Vec b) { return a + b; }));
+  }
+
+  // Takes the largest scores of a row into its maximum, and what it has accumulated along.
+  void raise_maximum(Statistics& statistics, int row, typename Isa::Vec most, float* o,
+                     float* sum) const {
+    float lanes[Isa::kLanes];
+    Isa::store(lanes, most);
+    const float before = statistics.max[row];
+    const float max = std::max(before, *std::max_element(lanes, lanes + Isa::kLanes) * transform_.factor());
+    const float rescaled = rescale(before, max);
+    statistics.max[row] = max;
+    statistics.shift[row] = -max;
+    scale_rows<Isa>(o, 0, 1, v_columns_, &rescaled);
+    scale_rows<Isa>(sum, 0, 1, Isa::kLanes, &rescaled);
+  }
+
+  template <Update kUpdate>
+  void add_values(const Tile& t, int key0, const Word* p, float* o, const Span* depths, int groups,
+                  const float* factor, RowsAhead* ahead) const {
+    const int padded = padded_columns<C>(t.at.k.length);
+    product_depth<typename C::Operand, kLdp, kUpdate>(
+        p, t.v + std::int64_t{key0} / C::Operand::kDepth * C::kPanel,
+        std::int64_t{words_of<C>(padded)} * C::kPanel, o, v_columns_, depths, groups, v_columns_,
+        factor, ahead);
+  }
+
+  // Scores of a group of rows, of which s is the first -> what the softmax takes.
+  void transform(const Tile& t, Group group, Span span, int key0, float* s) const {
+    for (int r = 0; r < group.rows; ++r)
+      transform_.apply(s + r * kLds, nullptr, span,
+                       live_columns(t.limits[group.first + r], key0, span), t.at, t.head,
+                       t.row0 + group.first + r, key0);
+  }
+  void drop(const Tile& t, Group group, Span span, int key0, float* s, Word* p) const {
+    for (int r = 0; r < group.rows; ++r, s += kLds, p += kLdp) {
+      dropout_mask(p_.dropout, t.at.entry, t.head, t.row0 + group.first + r, key0 + span.begin,
+                   span.end - span.begin, t.w.kept + span.begin);
+      apply_factors<Isa>(s, t.w.kept, span);
+      to_words<typename C::Operand>(s, p, span);
     }
   }
+
+  static constexpr int kSlack = 8;  // powers of two: P stays below 2^8, sums below 2^8 seqlen_k
 
   const ForwardProblem& p_;
   const ScoreTransform<Isa> transform_;

@@ -99,6 +99,10 @@ class RowsAhead {
   }
   // Words from one row to the next, for a product of `depth` words.
   int every(int depth) const { return now_ == end_ ? depth : every_; }
+  // Asks for those that are due after so many words more.
+  [[gnu::always_inline]] void pass(int words) {
+    for (passed_ += words; passed_ >= every_; passed_ -= every_) ask();
+  }
   [[gnu::always_inline]] void ask() {
     if (now_ == end_) return;
     List& list = lists_[now_];
@@ -113,7 +117,7 @@ class RowsAhead {
     std::int64_t stride, bytes, rows;
   };
   List lists_[5];
-  int now_ = 0, end_ = 0, every_ = 1;
+  int now_ = 0, end_ = 0, every_ = 1, passed_ = 0;
   std::int64_t rows_ = 0;
 };
 
@@ -166,23 +170,11 @@ template <class Operand, int kRow, int kDepthStride, Update kUpdate, int kVector
     }
 }
 
-// C *= factor[row], where there is a factor other than 1.
-template <class Isa>
-void scale_rows(float* c, int ldc, int rows, int cols, const float* factor) {
-  for (int r = 0; r < rows; ++r) {
-    if (factor[r] == 1.f) continue;
-    const auto f = Isa::broadcast(factor[r]);
-    for (int col = 0; col < cols; col += Isa::kLanes)
-      Isa::store(c + r * ldc + col, Isa::load(c + r * ldc + col) * f);
-  }
-}
-
-// The same for 32 rows of A, `lda` words apart, by tiles. C that is to be scaled has been.
+// The same for 32 rows of A, `lda` words apart, by tiles.
 template <ByTiles Operand, Update kUpdate>
 [[gnu::always_inline]] inline void tile_product(const typename Operand::Word* a, int lda,
                                                 const typename Operand::Word* b, int depth,
-                                                float* c, int ldc, Ahead ahead,
-                                                RowsAhead* rows_ahead) {
+                                                float* c, int ldc, RowsAhead* rows_ahead) {
   using Isa = typename Operand::Isa;
   constexpr int kRows = Isa::kTileRows, kWords = Isa::kTileWords;
   float* const below = c + kRows * ldc;
@@ -198,9 +190,7 @@ template <ByTiles Operand, Update kUpdate>
     Isa::template load_tile<3>(below + kWords, ldc);
   }
   for (int k = 0; k < depth; k += kWords) {
-    if (rows_ahead != nullptr) rows_ahead->ask();
-    for (int i = 0; i < kWords; ++i) __builtin_prefetch(ahead.at + i * ahead.step);
-    ahead.at += kWords * ahead.step;
+    if (rows_ahead != nullptr) rows_ahead->pass(kWords);
     Isa::template load_tile<6>(b + k * kPanel<Isa>, kPanel<Isa>);
     Isa::template load_tile<4>(a + k, lda);
     Isa::template load_tile<7>(b + k * kPanel<Isa> + kWords, kPanel<Isa>);
@@ -234,12 +224,12 @@ void product_columns(const typename Operand::Word* a, const typename Operand::Wo
   for (int col = 0; col < cols; col += kPanel<Isa>, b += std::int64_t{depth} * kPanel<Isa>)
     for (int g = 0; g < groups; ++g) {
       if (col < spans[g].begin || spans[g].end <= col) continue;
-      const Ahead ahead =
-          part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups);
       if constexpr (ByTiles<Operand>) {
         tile_product<Operand, Update::store>(a + std::int64_t{g} * depth * kRows, depth, b, depth,
-                                             c + g * kRows * ldc + col, ldc, ahead, rows_ahead);
+                                             c + g * kRows * ldc + col, ldc, rows_ahead);
       } else {
+        const Ahead ahead =
+            part_of_panel<Isa>(b + std::int64_t{depth} * kPanel<Isa>, depth, g, groups);
         const auto product = [&](auto vectors) __attribute__((always_inline)) {
           micro_product<Operand, 1, kRows, Update::store, decltype(vectors)::value>(
               a + std::int64_t{g} * depth * kRows, b, depth, c + g * kRows * ldc + col, ldc,
@@ -263,29 +253,25 @@ void product_depth(const typename Operand::Word* a, const typename Operand::Word
   using Isa = typename Operand::Isa;
   constexpr int kRows = Isa::kMicroRows;
   const auto* const first_panel = b;
-  if constexpr (ByTiles<Operand> && kUpdate == Update::scale_add)
-    for (int g = 0; g < groups; ++g)
-      if (!spans[g].empty())
-        scale_rows<Isa>(c + g * kRows * ldc, ldc, kRows, cols, factor + g * kRows);
   for (int col = 0; col < cols; col += kPanel<Isa>, b += panel_stride)
     for (int g = 0; g < groups; ++g) {
       if (spans[g].empty()) continue;
       const int first = spans[g].begin / Operand::kDepth;
       const int depth = spans[g].end / Operand::kDepth - first;
-      // After the last panel comes the first one again, further down.
-      const bool last = col + kPanel<Isa> >= cols;
-      const auto* next = last ? first_panel + std::int64_t{first + depth} * kPanel<Isa>
-                              : b + panel_stride + std::int64_t{first} * kPanel<Isa>;
-      const Ahead ahead = part_of_panel<Isa>(next, depth, g, groups);
+      const auto* const rows = a + g * kRows * kLda + first;
+      const auto* const panel = b + std::int64_t{first} * kPanel<Isa>;
+      float* const to = c + g * kRows * ldc + col;
       if constexpr (ByTiles<Operand>) {
-        tile_product<Operand, Update::add>(a + g * kRows * kLda + first, kLda,
-                                           b + std::int64_t{first} * kPanel<Isa>, depth,
-                                           c + g * kRows * ldc + col, ldc, ahead, rows_ahead);
+        static_assert(kUpdate == Update::add);
+        tile_product<Operand, kUpdate>(rows, kLda, panel, depth, to, ldc, rows_ahead);
       } else {
+        // After the last panel comes the first one again, further down.
+        const bool last = col + kPanel<Isa> >= cols;
+        const auto* next = last ? first_panel + std::int64_t{first + depth} * kPanel<Isa>
+                                : b + panel_stride + std::int64_t{first} * kPanel<Isa>;
         micro_product<Operand, kLda, 1, kUpdate>(
-            a + g * kRows * kLda + first, b + std::int64_t{first} * kPanel<Isa>, depth,
-            c + g * kRows * ldc + col, ldc, factor == nullptr ? nullptr : factor + g * kRows,
-            ahead, rows_ahead);
+            rows, panel, depth, to, ldc, factor == nullptr ? nullptr : factor + g * kRows,
+            part_of_panel<Isa>(next, depth, g, groups), rows_ahead);
       }
     }
 }

@@ -151,73 +151,111 @@ struct RowStatistics {
   float max[kRows + Isa::kLanes];
   float sum[kRows + Isa::kLanes];
   float rescaled[kRows + Isa::kLanes];
+  float shift[kRows + Isa::kLanes];  // what is added to scores before exp2: -max, if it is finite
 
   RowStatistics() {
     std::fill_n(max, kRows + Isa::kLanes, -kInfinity);
     std::fill_n(sum, kRows + Isa::kLanes, 0.f);
+    std::fill_n(shift, kRows + Isa::kLanes, 0.f);
   }
   SoftmaxState operator[](int row) const { return {max[row], sum[row]}; }
 };
 
-// Turns the scores [begin, end) of up to kLanes rows from `first` on, `lds` floats apart, into
-// unnormalised P and takes them into `all`. P replaces the scores, or becomes words, `ldw` apart.
-// Reductions and factors of the rows are computed together, a lane each: one by one, their latency
-// would take as long as the exponentials. Lanes without a row see no score and keep their statistics;
-// where there are at most kGroup rows, they get those of a row.
+// The largest score of each lane of a row, -inf without any.
+template <class Isa>
+[[gnu::always_inline]] inline typename Isa::Vec lane_maxima(const float* s, Span columns) {
+  auto even = Isa::broadcast(-kInfinity), odd = even;
+  int c = columns.begin;
+  for (; c + Isa::kLanes < columns.end; c += 2 * Isa::kLanes) {
+    even = Isa::max(Isa::load(s + c), even);
+    odd = Isa::max(Isa::load(s + c + Isa::kLanes), odd);
+  }
+  if (c < columns.end) even = Isa::max(Isa::load(s + c), even);
+  return Isa::max(even, odd);
+}
+
+// Takes the scores [begin, end) of up to kGroup rows from `first` on, `lds` floats apart, into their
+// maxima. Reductions and factors of the rows are computed together, a lane each: one by one, their
+// latency would take as long as the exponentials. Lanes without a row see no score and keep their
+// statistics; where there are at most kGroup rows, they get those of a row.
+template <class Isa, int kGroup, int kRows>
+void take_maxima(const float* s, int lds, int first, int rows, Span columns, float factor,
+                 RowStatistics<Isa, kRows>& all) {
+  using Vec = typename Isa::Vec;
+  Vec most[kGroup];
+  for (int r = 0; r < kGroup; ++r) most[r] = Isa::broadcast(-kInfinity);
+  for (int r = 0; r < rows; ++r) most[r] = lane_maxima<Isa>(s + r * lds, columns);
+  const Vec lowest = Isa::broadcast(std::numeric_limits<float>::lowest());
+  const Vec before = Isa::load(all.max + first);
+  const Vec max = Isa::max(
+      reduce_rows(most, [](Vec a, Vec b) { return Isa::max(a, b); }) * Isa::broadcast(factor),
+      before);
+  // Without a visible key the maximum is -inf; the lowest number keeps (-inf) - max from being NaN.
+  const Vec finite = Isa::max(max, lowest);
+  Isa::store(all.max + first, max);
+  Isa::store(all.rescaled + first, exp2<Isa>(Isa::max(before, lowest) - finite));
+  Isa::store(all.shift + first, Isa::broadcast(0.f) - finite);
+}
+
+// Takes what the lanes of up to kGroup rows from `first` on add up to into their sums.
+template <class Isa, int kGroup, int kRows>
+void take_sums(typename Isa::Vec (&sums)[kGroup], int first, RowStatistics<Isa, kRows>& all) {
+  using Vec = typename Isa::Vec;
+  Isa::store(all.sum + first, Isa::load(all.sum + first) * Isa::load(all.rescaled + first) +
+                                  reduce_rows(sums, [](Vec a, Vec b) { return a + b; }));
+}
+
+// Turns the scores of one row into unnormalised P: exp2(factor * score + shift). P replaces the
+// scores, or becomes words. Returns what each lane adds up to.
+template <class Operand>
+[[gnu::always_inline]] inline typename Operand::Isa::Vec exponentials(
+    float* s, typename Operand::Word* words, Span columns, typename Operand::Isa::Vec factor,
+    typename Operand::Isa::Vec shift) {
+  using Isa = typename Operand::Isa;
+  auto sum = Isa::broadcast(0.f);
+  if constexpr (ByTiles<Operand>) {
+    if (words != nullptr) {
+      auto* const p = reinterpret_cast<bf16*>(words);
+#pragma GCC unroll 2
+      for (int c = columns.begin; c < columns.end; c += 2 * Isa::kLanes) {
+        const auto low = exp2<Isa>(Isa::fma(Isa::load(s + c), factor, shift));
+        const auto high = exp2<Isa>(Isa::fma(Isa::load(s + c + Isa::kLanes), factor, shift));
+        Isa::store(p + c, low, high);
+        sum = sum + (low + high);
+      }
+      return sum;
+    }
+  }
+  for (int c = columns.begin; c < columns.end; c += Isa::kLanes) {
+    const auto e = exp2<Isa>(Isa::fma(Isa::load(s + c), factor, shift));
+    sum = sum + e;
+    if constexpr (Operand::kDepth == 2) {
+      if (words != nullptr) {
+        Isa::store(reinterpret_cast<bf16*>(words) + c, e);
+        continue;
+      }
+    }
+    Isa::store(s + c, e);
+  }
+  return sum;
+}
+
+// Turns the scores [begin, end) of up to kLanes rows from `first` on into unnormalised P and takes
+// them into `all`. Words of P are `ldw` apart.
 template <class Operand, int kGroup, int kRows>
 void softmax_group(float* s, int lds, int first, int rows, Span columns, float factor,
                    RowStatistics<typename Operand::Isa, kRows>& all,
                    typename Operand::Word* words, int ldw) {
   using Isa = typename Operand::Isa;
   using Vec = typename Isa::Vec;
-  constexpr int kLanes = Isa::kLanes;
-  const Vec none = Isa::broadcast(-kInfinity);
-  const Vec zero = Isa::broadcast(0.f);
-  Vec most[kGroup], sums[kGroup];
-  for (int r = 0; r < kGroup; ++r) {
-    most[r] = none;
-    sums[r] = zero;
-  }
-  for (int r = 0; r < rows; ++r) {
-    Vec even = none, odd = none;
-    int c = columns.begin;
-    for (; c + kLanes < columns.end; c += 2 * kLanes) {
-      even = Isa::max(Isa::load(s + r * lds + c), even);
-      odd = Isa::max(Isa::load(s + r * lds + c + kLanes), odd);
-    }
-    if (c < columns.end) even = Isa::max(Isa::load(s + r * lds + c), even);
-    most[r] = Isa::max(even, odd);
-  }
+  take_maxima<Isa, kGroup>(s, lds, first, rows, columns, factor, all);
   const Vec f = Isa::broadcast(factor);
-  const Vec lowest = Isa::broadcast(std::numeric_limits<float>::lowest());
-  const Vec before = Isa::load(all.max + first);
-  const Vec max = Isa::max(
-      reduce_rows(most, [](Vec a, Vec b) { return Isa::max(a, b); }) * f, before);
-  // Without a visible key the maximum is -inf; the lowest number keeps (-inf) - max from being NaN.
-  const Vec finite = Isa::max(max, lowest);
-  const Vec rescaled = exp2<Isa>(Isa::max(before, lowest) - finite);
-  float shifts[kLanes];
-  Isa::store(shifts, zero - finite);
-  for (int r = 0; r < rows; ++r) {
-    const Vec shift = Isa::broadcast(shifts[r]);
-    Vec sum = zero;
-    for (int c = columns.begin; c < columns.end; c += kLanes) {
-      const Vec e = exp2<Isa>(Isa::fma(Isa::load(s + r * lds + c), f, shift));
-      sum = sum + e;
-      if constexpr (Operand::kDepth == 2) {
-        if (words != nullptr) {
-          Isa::store(reinterpret_cast<bf16*>(words + r * ldw) + c, e);
-          continue;
-        }
-      }
-      Isa::store(s + r * lds + c, e);
-    }
-    sums[r] = sum;
-  }
-  Isa::store(all.max + first, max);
-  Isa::store(all.rescaled + first, rescaled);
-  Isa::store(all.sum + first, Isa::load(all.sum + first) * rescaled +
-                                  reduce_rows(sums, [](Vec a, Vec b) { return a + b; }));
+  Vec sums[kGroup];
+  for (int r = 0; r < kGroup; ++r) sums[r] = Isa::broadcast(0.f);
+  for (int r = 0; r < rows; ++r)
+    sums[r] = exponentials<Operand>(s + r * lds, words == nullptr ? nullptr : words + r * ldw,
+                                    columns, f, Isa::broadcast(all.shift[first + r]));
+  take_sums<Isa>(sums, first, all);
 }
 
 // With the statistics of four rows at hand, those of up to four cost a third of those of 16.
@@ -230,6 +268,17 @@ void softmax_rows(float* s, int lds, int first, int rows, Span columns, float fa
   } else {
     softmax_group<Operand, Operand::Isa::kLanes>(s, lds, first, rows, columns, factor, all, words,
                                                  ldw);
+  }
+}
+
+// C *= factor[row], where there is a factor other than 1.
+template <class Isa>
+void scale_rows(float* c, int ldc, int rows, int cols, const float* factor) {
+  for (int r = 0; r < rows; ++r) {
+    if (factor[r] == 1.f) continue;
+    const auto f = Isa::broadcast(factor[r]);
+    for (int col = 0; col < cols; col += Isa::kLanes)
+      Isa::store(c + r * ldc + col, Isa::load(c + r * ldc + col) * f);
   }
 }
 

@@ -39,6 +39,9 @@ struct Avx512Bf16 : Avx512 {
   static void store(bf16* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
   }
+  static void store(bf16* p, Vec low, Vec high) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
   // Words that pair the lanes of two rows: even in the low half.
   static Vec zipped(Vec even, Vec odd) {
     const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
