@@ -109,6 +109,10 @@ Mismatch mismatch(const KernelRow& row, const Request& request) {
   }
   if (request.force != nullptr && name_of(row).rfind(request.force, 0) != 0)
     return Mismatch::forced;
+  if (request.force != nullptr) return Mismatch::none;
+  if (request.query_rows < row.least_query_rows) return Mismatch::few_rows;
+  if (request.query_rows * request.seqlen_k < row.least_scores) return Mismatch::few_scores;
+  if (row.arch == Arch::avx512_bf16 && request.arch == Arch::amx_bf16) return Mismatch::slow_dots;
   return Mismatch::none;
 }
 
@@ -154,6 +158,15 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
       return "needs " + std::to_string(row.smem_bytes) +
              " bytes of shared memory per block, here " + std::to_string(request.smem_bytes);
     case Mismatch::forced: return std::string("another kernel is forced: ") + request.force;
+    case Mismatch::few_rows:
+      return "takes at least " + std::to_string(row.least_query_rows) +
+             " query rows per key head, here " + std::to_string(request.query_rows);
+    case Mismatch::few_scores:
+      return "takes at least " + std::to_string(row.least_scores) +
+             " scores per key head, here " +
+             std::to_string(request.query_rows * request.seqlen_k);
+    case Mismatch::slow_dots:
+      return "on CPUs with AMX, bf16 dot products are slower than fp32";
   }
   return {};
 }

@@ -43,6 +43,10 @@ struct KernelRow {
   int max_seqlen_k = 0;    // most keys of an entry; 0: any
   // Decode on a CPU: more query rows than these need kKeysPerRow keys each to be worth it; 0: none do.
   int few_query_rows = 0;
+  // Below these another kernel is faster; one that is forced does not ask. Scores: query rows of a key
+  // head times keys.
+  int least_query_rows = 0;
+  int least_scores = 0;
 };
 inline constexpr int kKeysPerRow = 16;
 // "avx512/forward/bf16"; of a GPU also head_dim, score and tile:
@@ -69,7 +73,10 @@ enum class Mismatch : std::uint8_t {
   few_keys,
   seqlen_k,
   smem,
-  forced
+  forced,
+  few_rows,
+  few_scores,
+  slow_dots
 };
 
 struct Request {

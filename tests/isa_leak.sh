@@ -10,10 +10,10 @@ objdump --disassemble --demangle --no-show-raw-insn "$library" | awk '
   /file format/ { object = $1; isa = object; sub(/\.cpp\.o:.*/, "", isa) }
   # "0000000000000000 <heed::cpu::exp2<heed::cpu::Avx2>(...)>:"
   /^[0-9a-f]+ <.*>:$/ { name = substr($0, index($0, "<")); own = index(name, "cpu::" isa "::") || index(name, "cpu_" isa "_rows"); next }
-  # VEX and EVEX mnemonics start with v; baseline ones that do are verr, verw.
-  /^ +[0-9a-f]+:\tv/ && !/\tver[rw]/ {
+  # VEX and EVEX mnemonics start with v; baseline ones that do are verr, verw. AMX has tiles.
+  /^ +[0-9a-f]+:\t(v|tile|tdp|[ls][dt]*tilecfg)/ && !/\tver[rw]/ {
     wide++
-    if (object !~ /avx/ || !own || name ~ /::bytes\(|::carve\(|Kernel\(|::rows</) { print object " " name " " $0; bad++ }
+    if (object !~ /avx|amx/ || !own || name ~ /::bytes\(|::carve\(|Kernel\(|::rows</) { print object " " name " " $0; bad++ }
     if (bad > 10) exit 1
   }
   END {

@@ -23,6 +23,7 @@ class DecodeKernel {
   static constexpr int kKeys = 128;      // keys of one step, at most
   static constexpr int kLeastKeys = 32;  // at least
   static_assert(kLeastKeys % C::kPanel == 0);
+  static constexpr int kRowsOfShortSteps = kTiles ? 16 : 8;
   static constexpr int kLdp = kKeys / Operand::kDepth;  // words per row of P
   // kTogether rows x kWide accumulators: keys of S at a time, vectors of O at a time.
   static constexpr int kWide = Isa::kMicroRows >= 12 ? 4 : 2;
@@ -48,7 +49,7 @@ class DecodeKernel {
     Word* q_blocks;   // [task_heads_][blocks_][q_depth_][kLanes]: rows whose scores are a lane each
     Word* k;          // [kKeys][q_words_], where keys do not stand in memory as words
     float* s_blocks;  // [blocks_][kKeys][kLanes]
-    Word* v;          // by tiles, [kKeys / 2][o_columns_]: pairs of keys
+    Word* v;          // by tiles, [o_columns_ / kPanel][kKeys / 2][kPanel]: pairs of keys
     float* s;         // [rows][kKeys]
     Word* p;          // the words of S; S itself where they are floats
     float* o;         // [task_heads_][rows][o_columns_]
@@ -97,7 +98,7 @@ class DecodeKernel {
     const std::int64_t key_bytes =
         (p_.k.head_dim() + p_.v.head_dim()) * static_cast<std::int64_t>(sizeof(Element));
     const std::int64_t most =
-        (rows <= 8 ? 16 << 10 : 64 << 10) / std::max<std::int64_t>(key_bytes, 1);
+        (rows <= kRowsOfShortSteps ? 16 << 10 : 64 << 10) / std::max<std::int64_t>(key_bytes, 1);
     int step = kKeys;
     while (step > most && step > kLeastKeys) step /= 2;
     return step;
@@ -245,6 +246,7 @@ class DecodeKernel {
   // groups of kKeyGroup; what of them cannot be seen is a row of zeros.
   struct Block {
     Span live;
+    Span strided;  // keys whose rows are p_.k.seqlen_stride() apart
     const Element* k[kKeys];
     const Element* v[kKeys];
   };
@@ -256,9 +258,11 @@ class DecodeKernel {
                      : Span{keys.begin / kKeyGroup * kKeyGroup, round_up(keys.end, kKeyGroup)};
     std::fill(block.k + block.live.begin, block.k + block.live.end, nothing);
     std::fill(block.v + block.live.begin, block.v + block.live.end, nothing);
+    block.strided = {};
     if (keys.empty()) return;
     // Looked up one by one, addresses take an eighth to a third of the time of few rows.
     if (p_.intervals.bits == nullptr && p_.paged.page_table == nullptr) {
+      block.strided = keys;
       const Element* k = row_of<Element>(p_.k, at.k, head, key0 + keys.begin);
       const Element* v = row_of<Element>(p_.v, at.k, head, key0 + keys.begin);
       const std::int64_t k_stride = p_.k.seqlen_stride(), v_stride = p_.v.seqlen_stride();
@@ -283,15 +287,18 @@ class DecodeKernel {
     const int blocks = blocks_of(rows);
     const int in_blocks = std::min(blocks * Isa::kLanes, rows);
     const int others = ceil_div(rows - in_blocks, kTogether);  // groups of rows
-    LinesAhead keys_ahead(
-        next.k, next.live, p_.q.head_dim(),
-        kTiles ? keys
-               : keys / kWide * (blocks * q_depth_ / kChains +
-                                 others * ceil_div(q_words_, kTurn * Isa::kLanes)));
-    if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
-    for_groups(in_blocks, rows, [&](auto count, int r) {
-      score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
-    });
+    if constexpr (kTiles) {
+      score_tiles(w, block, next, blocks, rows);
+    } else {
+      LinesAhead keys_ahead(
+          next.k, next.live, p_.q.head_dim(),
+          keys / kWide * (blocks * q_depth_ / kChains +
+                          others * ceil_div(q_words_, kTurn * Isa::kLanes)));
+      if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
+      for_groups(in_blocks, rows, [&](auto count, int r) {
+        score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
+      });
+    }
     const Span columns{block.live.begin / C::kPanel * C::kPanel,
                        round_up(block.live.end, C::kPanel)};
     const bool dropped = p_.dropout.probability > 0.f;
@@ -356,17 +363,16 @@ class DecodeKernel {
       while (at_once_ * turns < lines_ && turns > 0) at_once_ *= 2;
       due_ = at_once_ * turns;
     }
-    [[gnu::always_inline]] void ask() {
-      paid_ += lines_;
-      if (paid_ < due_) return;
-      paid_ -= due_;
-      for (int i = 0; i < at_once_ && row_ != end_; ++i) {
-        __builtin_prefetch(reinterpret_cast<const char*>(*row_) + at_, 0, kIntoL2);
-        at_ += kLine;
-        if (at_ < row_bytes_) continue;
-        at_ = 0;
-        ++row_;
-      }
+    // What takes the time of several turns counts as so many.
+    [[gnu::always_inline]] void ask(int turns = 1) {
+      for (paid_ += lines_ * turns; paid_ >= due_ && row_ != end_; paid_ -= due_)
+        for (int i = 0; i < at_once_ && row_ != end_; ++i) {
+          __builtin_prefetch(reinterpret_cast<const char*>(*row_) + at_, 0, kIntoL2);
+          at_ += kLine;
+          if (at_ < row_bytes_) continue;
+          at_ = 0;
+          ++row_;
+        }
     }
 
    private:
@@ -421,21 +427,17 @@ class DecodeKernel {
   void score_blocks(const Scratch& w, const Block& block, int blocks, int rows,
                     LinesAhead& ahead) const {
     const void* keys[kKeys];
-    const bool in_place = kSameWords && !kTiles && p_.q.head_dim() % Operand::kDepth == 0;
+    const bool in_place = kSameWords && p_.q.head_dim() % Operand::kDepth == 0;
     for (int i = block.live.begin; i < block.live.end; ++i) {
       keys[i] = block.k[i];
       if (in_place) continue;
-      if constexpr (kTiles) ahead.ask();
       load_words_of(block.k[i], w.k + i * q_words_);
       keys[i] = w.k + i * q_words_;
     }
     for (int b = 0; b < blocks;) {
       const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * Isa::kLanes;
       float* out = w.s_blocks + b * kKeys * Isa::kLanes;
-      if constexpr (kTiles) {
-        score_tiles(q, w.k, block.live, out);
-        b += 1;
-      } else if (blocks - b >= 4) {
+      if (blocks - b >= 4) {
         score_lanes<4>(q, keys, block.live, ahead, out);
         b += 4;
       } else if (blocks - b >= 2) {
@@ -446,7 +448,12 @@ class DecodeKernel {
         b += 1;
       }
     }
-    for (int r = 0; r < std::min(blocks * Isa::kLanes, rows); r += Isa::kLanes)
+    transpose_blocks(w, block, std::min(blocks * Isa::kLanes, rows));
+  }
+
+  // Scores of blocks -> rows of S.
+  void transpose_blocks(const Scratch& w, const Block& block, int rows) const {
+    for (int r = 0; r < rows; r += Isa::kLanes)
       for (int i = block.live.begin / Isa::kLanes * Isa::kLanes; i < block.live.end;
            i += Isa::kLanes) {
         Vec square[Isa::kLanes];
@@ -459,60 +466,83 @@ class DecodeKernel {
       }
   }
 
-  // out[i][r] = q[r] · k[i] for the rows of a block: 32 keys are A.
-  void score_tiles(const Word* q, const Word* keys, Span live, float* out) const {
+  // The same by tiles: 32 keys are A, from where they stand if tiles can be read from there.
+  void score_tiles(const Scratch& w, const Block& block, const Block& next, int blocks,
+                   int rows) const {
     constexpr int kRows = Isa::kTileRows, kWords = Isa::kTileWords;
-    for (int i = live.begin; i < live.end; i += 2 * kRows) {
-      const Word* a = keys + std::int64_t{i} * q_words_;
-      Isa::template zero_tile<0>();
-      Isa::template zero_tile<1>();
-      for (int k = 0; k < q_depth_; k += kWords) {
-        Isa::template load_tile<6>(q + k * Isa::kLanes, Isa::kLanes);
-        Isa::template load_tile<2>(a + k, q_words_);
-        Isa::template multiply_tiles<0, 2, 6>();
-        Isa::template load_tile<2>(a + kRows * q_words_ + k, q_words_);
-        Isa::template multiply_tiles<1, 2, 6>();
+    const std::int64_t key_stride = p_.k.seqlen_stride();
+    const bool whole_words = p_.q.head_dim() % Operand::kDepthStep == 0 && key_stride % 2 == 0;
+    const int groups = (block.live.end - block.live.begin) / kKeyGroup;
+    LinesAhead ahead(next.k, next.live, p_.q.head_dim(), groups * blocks * q_depth_ / kWords);
+    for (int i = block.live.begin; i < block.live.end; i += kKeyGroup) {
+      const bool in_place = whole_words && block.strided.begin <= i &&
+                            i + kKeyGroup <= block.strided.end;
+      const Word* a = w.k;
+      if (in_place) {
+        a = reinterpret_cast<const Word*>(block.k[i]);
+      } else {
+        for (int j = 0; j < kKeyGroup; ++j) load_words_of(block.k[i + j], w.k + j * q_words_);
       }
-      Isa::template store_tile<0>(out + i * Isa::kLanes, Isa::kLanes);
-      Isa::template store_tile<1>(out + (i + kRows) * Isa::kLanes, Isa::kLanes);
+      const std::int64_t stride = in_place ? key_stride / 2 : q_words_;
+      for (int b = 0; b < blocks; ++b) {
+        const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * Isa::kLanes;
+        float* out = w.s_blocks + (b * kKeys + i) * Isa::kLanes;
+        Isa::template zero_tile<0>();
+        Isa::template zero_tile<1>();
+        for (int k = 0; k < q_depth_; k += kWords) {
+          Isa::template load_tile<6>(q + k * Isa::kLanes, Isa::kLanes);
+          Isa::template load_tile<2>(a + k, stride);
+          Isa::template multiply_tiles<0, 2, 6>();
+          Isa::template load_tile<2>(a + kRows * stride + k, stride);
+          Isa::template multiply_tiles<1, 2, 6>();
+          ahead.ask();
+        }
+        Isa::template store_tile<0>(out, Isa::kLanes);
+        Isa::template store_tile<1>(out + kRows * Isa::kLanes, Isa::kLanes);
+      }
     }
+    transpose_blocks(w, block, rows);
   }
 
   // The same by tiles: the pairs of keys are B.
   void value_tiles(const Scratch& w, const Block& block, const Block& next, int rows,
                    const float* rescaled) const {
-    LinesAhead values_ahead(next.v, next.live, p_.v.head_dim(),
-                            (block.live.end - block.live.begin) / 2);
-    constexpr int kWords = Isa::kTileWords, kStep = 2 * kWords;
+    constexpr int kWords = Isa::kTileWords, kStep = C::kPanel;
+    constexpr int kZipTurns = 2, kTileTurns = 16;
     const int columns = static_cast<int>(p_.v.head_dim());
+    const int keys = block.live.end - block.live.begin;
+    const int blocks = blocks_of(rows), rows_of_block = block_rows(rows);
+    LinesAhead ahead(
+        next.v, next.live, columns,
+        keys / 2 * kZipTurns + ceil_div(columns, kStep) * blocks * keys / kKeyGroup * kTileTurns);
     scale_rows<Isa>(w.o, o_columns_, rows, o_columns_, rescaled);
     for (int i = block.live.begin; i < block.live.end; i += 2) {
-      values_ahead.ask();
-      Word* line = w.v + i / 2 * o_columns_;
+      ahead.ask(kZipTurns);
       const auto zip_columns = [&](int col, auto whole) __attribute__((always_inline)) {
         typename Operand::Wide words[2];
+        Word* line = w.v + col * (kKeys / 2) + i / 2 * kStep;
         load_values(block.v + i, col, columns, whole, words);
-        Isa::store(reinterpret_cast<float*>(line + col), (Vec)words[0]);
-        Isa::store(reinterpret_cast<float*>(line + col + Isa::kLanes), (Vec)words[1]);
+        Isa::store(reinterpret_cast<float*>(line), (Vec)words[0]);
+        Isa::store(reinterpret_cast<float*>(line + Isa::kLanes), (Vec)words[1]);
       };
       int col = 0;
       for (; col + kStep <= columns; col += kStep) zip_columns(col, std::true_type());
       if (col < columns) zip_columns(col, std::false_type());
     }
-    const int block_rows_now = block_rows(rows);
     for (int col = 0; col < columns; col += kStep)
-      for (int b = 0; b < blocks_of(rows); ++b) {
-        float* o = w.o + std::int64_t{b} * block_rows_now * o_columns_ + col;
-        const Word* p = w.p + b * block_rows_now * kLdp;
+      for (int b = 0; b < blocks; ++b) {
+        float* o = w.o + std::int64_t{b} * rows_of_block * o_columns_ + col;
+        const Word* p = w.p + b * rows_of_block * kLdp;
         Isa::template load_tile<3>(o, o_columns_);
         Isa::template load_tile<4>(o + kWords, o_columns_);
         for (int i = block.live.begin / 2; i < block.live.end / 2; i += kWords) {
-          const Word* v = w.v + i * o_columns_ + col;
+          const Word* v = w.v + col * (kKeys / 2) + i * kStep;
           Isa::template load_tile<5>(p + i, kLdp);
-          Isa::template load_tile<6>(v, o_columns_);
-          Isa::template load_tile<7>(v + kWords, o_columns_);
+          Isa::template load_tile<6>(v, kStep);
+          Isa::template load_tile<7>(v + kWords, kStep);
           Isa::template multiply_tiles<3, 5, 6>();
           Isa::template multiply_tiles<4, 5, 7>();
+          ahead.ask(kTileTurns);
         }
         Isa::template store_tile<3>(o, o_columns_);
         Isa::template store_tile<4>(o + kWords, o_columns_);
@@ -756,7 +786,9 @@ constexpr KernelRow decode_row() {
           .forward = Kernel::launch,
           .backward_bytes = nullptr,
           .backward = nullptr,
-          .few_query_rows = Kernel::kFewRows};
+          .few_query_rows = Kernel::kFewRows,
+          .least_query_rows = Kernel::kTiles ? kLeastTileRows : 0,
+          .least_scores = Kernel::kTiles ? kLeastTileScores : 0};
 }
 
 }  // namespace heed::cpu::inline HEED_ISA

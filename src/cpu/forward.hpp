@@ -532,7 +532,9 @@ constexpr KernelRow forward_row() {
           .forward_bytes = Kernel::bytes,
           .forward = Kernel::launch,
           .backward_bytes = nullptr,
-          .backward = nullptr};
+          .backward = nullptr,
+          .least_query_rows = Kernel::kTiles ? kLeastTileRows : 0,
+          .least_scores = Kernel::kTiles ? kLeastTileScores : 0};
 }
 
 }  // namespace heed::cpu::inline HEED_ISA

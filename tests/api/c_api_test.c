@@ -142,7 +142,7 @@ static void test_errors(void) {
   EXPECT_INVALID(heed_forward(&forward, none, NULL, &options), "options.size = 0 must be ");
   device.arch = 99;
   EXPECT_INVALID(heed_plan_forward(&forward, &device, NULL, &plan),
-                 "device.arch = 99 must be in [0, 10]");
+                 "device.arch = 99 must be in [0, 11]");
 
   forward.q.dtype = 1000;
   EXPECT_INVALID(heed_forward(&forward, none, NULL, NULL), "q.dtype = ");

@@ -16,11 +16,13 @@ std::string obstacle(const KernelRow& row) {
   const bool on_gpu = row.arch >= Arch::sm80;
   if (on_gpu && !gpu.ok()) return "no GPU";
   const Device& device = on_gpu ? *gpu : value_or_fail(cpu);
+  const std::string name = name_of(row);
   const Request any{.pass = row.pass,
                     .dtype = row.dtype,
                     .arch = device.arch,
                     .head_dim = 1,
                     .query_rows = 1,
+                    .force = name.c_str(),
                     .score = row.score,
                     .smem_bytes = device.smem_bytes};
   const Mismatch why = mismatch(row, any);
