@@ -19,11 +19,14 @@ class BackwardKernel {
   using Operand = typename C::Operand;
 
  public:
-  static constexpr int kTile = 96;         // queries and keys of one step
-  static constexpr int kBlock = 8 * kTile;  // keys whose panels and gradients stay in cache
+  static constexpr bool kTiles = ByTiles<Operand>;
+  static constexpr int kTile = kTiles ? 192 : 96;  // queries and keys of one step
+  static constexpr int kBlock = 768;  // keys whose panels and gradients stay in cache
   static constexpr int kGroups = kTile / C::kMicroRows;
   static constexpr int kLds = kTile + 16;
-  static constexpr int kLdw = kLds / Operand::kDepth;  // words of a row of P or dS
+  static constexpr int kLdw = (kTile + 16 * Operand::kDepth) / Operand::kDepth;  // words of a row of dS
+  // Rows whose scores are computed at a time: by tiles, they are read again while they are in L1.
+  static constexpr int kRowsOfS = kTiles ? C::kMicroRows : kTile;
   static constexpr int kLdt = kTile / 2 + 16;          // words of a row of Pᵀ or dSᵀ, by tiles
   static_assert(kTile % C::kMicroRows == 0 && kTile % C::kPanel == 0);
 
@@ -95,10 +98,10 @@ class BackwardKernel {
     s.dout_rows = layout.add<Word>(std::int64_t{kTile} * v_words_ + Isa::kLanes);
     s.q_panels = layout.add<Word>(tile_words * qk_columns_);
     s.dout_panels = layout.add<Word>(tile_words * v_columns_);
-    s.s = layout.add<float>(std::int64_t{kTile} * kLds);
-    s.dp = layout.add<float>(std::int64_t{kTile} * kLds);
+    s.s = layout.add<float>(std::int64_t{kRowsOfS} * kLds);
+    s.dp = layout.add<float>(std::int64_t{kRowsOfS} * kLds);
     if constexpr (C::kPairs) {
-      constexpr std::int64_t kWords = ByTiles<Operand> ? kTile * kLdt : kTile / 2 * kLds;
+      constexpr std::int64_t kWords = kTiles ? kTile * kLdt : kTile / 2 * kLds;
       s.p_words = layout.add<Word>(kWords);
       s.ds_words = layout.add<Word>(kWords);
       s.ds_rows = layout.add<Word>(std::int64_t{kTile} * kLdw);
@@ -292,25 +295,33 @@ class BackwardKernel {
                       std::max(used_columns.end, spans[g].end)};
     }
     if (used_rows.empty()) return;
-    product_columns<Operand>(w.q_rows, w.k_columns + std::int64_t{local} * qk_words_, qk_words_,
-                             w.s, kLds, spans, groups, columns, nullptr);
-    product_columns<Operand>(w.dout_rows, w.v_columns + std::int64_t{local} * v_words_, v_words_,
-                             w.dp, kLds, spans, groups, columns, nullptr);
-    for (int r = used_rows.begin; r < used_rows.end; ++r)
-      gradient_row(w, at, head, row0, r, r < rows ? limits[r] : RowLimits{},
-                   spans[r / C::kMicroRows], key0);
-    if constexpr (ByTiles<Operand>) {
-      transpose_words(w.s, used_rows, used_columns, w.p_words);
-      transpose_words(w.dp, used_rows, used_columns, w.ds_words);
-    } else if constexpr (C::kPairs) {
-      for (int r = used_rows.begin; r < used_rows.end; r += 2)
-        for (int c = 0; c < kTile; c += Isa::kLanes) {
-          const int at_word = r / 2 * kLds + c;
-          Isa::store_zipped(w.p_words + at_word, Isa::load(w.s + r * kLds + c),
-                            Isa::load(w.s + (r + 1) * kLds + c));
-          Isa::store_zipped(w.ds_words + at_word, Isa::load(w.dp + r * kLds + c),
-                            Isa::load(w.dp + (r + 1) * kLds + c));
-        }
+    for (int first = used_rows.begin; first < used_rows.end; first += kRowsOfS) {
+      const int g = first / C::kMicroRows;
+      const int end = std::min(first + kRowsOfS, used_rows.end);
+      const int some = (end - first) / C::kMicroRows;
+      product_columns<Operand>(w.q_rows + std::int64_t{first} * qk_words_,
+                               w.k_columns + std::int64_t{local} * qk_words_, qk_words_, w.s, kLds,
+                               spans + g, some, columns, nullptr);
+      product_columns<Operand>(w.dout_rows + std::int64_t{first} * v_words_,
+                               w.v_columns + std::int64_t{local} * v_words_, v_words_, w.dp, kLds,
+                               spans + g, some, columns, nullptr);
+      for (int r = first; r < end; ++r)
+        gradient_row(w, at, head, row0, r, r < rows ? limits[r] : RowLimits{},
+                     spans[r / C::kMicroRows], key0, w.s + (r - first) * kLds,
+                     w.dp + (r - first) * kLds);
+      if constexpr (kTiles) {
+        transpose_words(w.s, used_columns, w.p_words + first / 2);
+        transpose_words(w.dp, used_columns, w.ds_words + first / 2);
+      } else if constexpr (C::kPairs) {
+        for (int r = first; r < end; r += 2)
+          for (int c = 0; c < kTile; c += Isa::kLanes) {
+            const int at_row = (r - first) * kLds + c, at_word = r / 2 * kLds + c;
+            Isa::store_zipped(w.p_words + at_word, Isa::load(w.s + at_row),
+                              Isa::load(w.s + at_row + kLds));
+            Isa::store_zipped(w.ds_words + at_word, Isa::load(w.dp + at_row),
+                              Isa::load(w.dp + at_row + kLds));
+          }
+      }
     }
     const Span key_rows{used_columns.begin / C::kMicroRows * C::kMicroRows,
                         round_up(used_columns.end, C::kMicroRows)};
@@ -327,7 +338,7 @@ class BackwardKernel {
   // out[keys] += Pᵀ dO, or dSᵀ Q, over `rows` of the queries.
   void add_keys(const Word* words, const Word* panels, Span keys, Span rows, float* out,
                 int columns) const {
-    if constexpr (ByTiles<Operand>) {
+    if constexpr (kTiles) {
       Span depths[kGroups];
       for (int g = 0; g < kGroups; ++g) {
         const int key = g * C::kMicroRows;
@@ -341,29 +352,26 @@ class BackwardKernel {
     }
   }
 
-  // out[column][row / 2] = the pair of rows, for rows and columns of a tile of floats.
-  void transpose_words(const float* tile, Span rows, Span columns, Word* out) const {
+  // out[column][pair of rows] for kRowsOfS rows and some columns of floats.
+  void transpose_words(const float* rows, Span columns, Word* out) const {
     constexpr int kLanes = Isa::kLanes;
-    for (int r = rows.begin; r < rows.end; r += 2 * kLanes)
-      for (int c = columns.begin; c < columns.end; c += kLanes) {
-        typename Isa::Vec square[kLanes];
+    for (int c = columns.begin; c < columns.end; c += kLanes) {
+      typename Isa::Vec square[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const float* even = tile + (r + 2 * i) * kLds + c;
-          square[i] = Isa::zipped(Isa::load(even), Isa::load(even + kLds));
-        }
-        transpose_steps<1>(square);
-#pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j)
-          Isa::store(reinterpret_cast<float*>(out) + (c + j) * kLdt + r / 2, square[j]);
+      for (int i = 0; i < kLanes; ++i) {
+        const float* even = rows + 2 * i * kLds + c;
+        square[i] = Isa::zipped(Isa::load(even), Isa::load(even + kLds));
       }
+      transpose_steps<1>(square);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j)
+        Isa::store(reinterpret_cast<float*>(out) + (c + j) * kLdt, square[j]);
+    }
   }
 
   // Turns row r of S and dP into P and dS, over the whole width of the tile: 0 where nothing is seen.
   void gradient_row(const Scratch& w, const SequenceSlice& at, std::int64_t head, int row0, int r,
-                    RowLimits limits, Span span, int key0) const {
-    float* s = w.s + r * kLds;
-    float* dp = w.dp + r * kLds;
+                    RowLimits limits, Span span, int key0, float* s, float* dp) const {
     const int row = row0 + r;
     const Span live = live_columns(limits, key0, span);
     const std::int64_t i = live.empty() ? 0 : lse_index(p_, at, static_cast<int>(head), row);
@@ -472,7 +480,8 @@ constexpr KernelRow backward_row() {
           .forward_bytes = nullptr,
           .forward = nullptr,
           .backward_bytes = Kernel::bytes,
-          .backward = Kernel::launch};
+          .backward = Kernel::launch,
+          .least_scores = Kernel::kTiles ? kLeastTileScoresBackward : 0};
 }
 
 }  // namespace heed::cpu::inline HEED_ISA
