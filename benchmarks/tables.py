@@ -16,7 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 COMMON = ("scalar", "reference")  # kernels of any CPU
-GPU_FAMILIES = {"sm80": "NVIDIA GPUs of sm_80 and newer", "sm90": "Hopper: H100, H200"}
+FAMILIES = {
+    "sm80": "NVIDIA GPUs of sm_80 and newer",
+    "sm90": "Hopper: H100, H200",
+    "amx_bf16": "tiles of bf16: Intel Xeon from Sapphire Rapids on",
+}
 
 
 def support_table(data: dict) -> str:
@@ -35,7 +39,7 @@ def support_table(data: dict) -> str:
         ]
         notes = ["aarch64"] if arch.startswith("neon") else []
         notes += ["bf16 dot products"] if dots else []
-        note = GPU_FAMILIES.get(arch, ", ".join(notes))
+        note = FAMILIES.get(arch, ", ".join(notes))
         # The rows of a GPU are one per head_dim, the last for all that are smaller.
         most = min(max(r["max_head_dim"] for r in rows if r["pass"] == name) for name in passes)
         lines.append(

@@ -24,8 +24,8 @@ int most_head_dim_v(const KernelRow& row) {
 }  // namespace
 
 const char* name_of(Arch arch) {
-  constexpr std::array kNames{"reference", "scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16",
-                              "neon",      "neon_bf16", "sm80", "sm90",  "sm100",      "sm120"};
+  constexpr std::array kNames{"reference", "scalar",    "avx2", "avx512", "avx512_bf16", "amx_bf16",
+                              "neon",      "neon_bf16", "sm80", "sm90",   "sm100",       "sm120"};
   return kNames[static_cast<std::size_t>(arch)];
 }
 
@@ -162,11 +162,9 @@ std::string describe(Mismatch why, const KernelRow& row, const Request& request)
       return "takes at least " + std::to_string(row.least_query_rows) +
              " query rows per key head, here " + std::to_string(request.query_rows);
     case Mismatch::few_scores:
-      return "takes at least " + std::to_string(row.least_scores) +
-             " scores per key head, here " +
+      return "takes at least " + std::to_string(row.least_scores) + " scores per key head, here " +
              std::to_string(request.query_rows * request.seqlen_k);
-    case Mismatch::slow_dots:
-      return "on CPUs with AMX, bf16 dot products are slower than fp32";
+    case Mismatch::slow_dots: return "on CPUs with AMX, bf16 dot products are slower than fp32";
   }
   return {};
 }

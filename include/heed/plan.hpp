@@ -22,7 +22,7 @@ enum class Arch : std::uint8_t {
   avx512,     // AVX-512 F, BW, DQ, VL
   avx512_bf16,
   amx_bf16,  // AMX tiles of bf16, beside avx512_bf16
-  neon,  // aarch64
+  neon,      // aarch64
   neon_bf16,
   sm80,
   sm90,
@@ -38,8 +38,8 @@ struct Device {
 
   bool is_cpu() const { return arch < Arch::sm80; }
   // This machine's CPU, with as many threads as the default executor. HEED_FORCE_ISA=reference|
-  // scalar|avx2|avx512|avx512_bf16|amx_bf16|neon|neon_bf16 lowers the instruction set; a set the CPU
-  // lacks is an error.
+  // scalar|avx2|avx512|avx512_bf16|amx_bf16|neon|neon_bf16 lowers the instruction set; a set the
+  // CPU lacks is an error.
   static Result<Device> cpu();
   // The GPU of that number; -1: the calling thread's current one. Asked once per GPU and process.
   static Result<Device> cuda(int ordinal = -1);

@@ -21,14 +21,15 @@ class BackwardKernel {
  public:
   static constexpr bool kTiles = ByTiles<Operand>;
   static constexpr int kTile = kTiles ? 192 : 96;  // queries and keys of one step
-  static constexpr int kBlock = 768;  // keys whose panels and gradients stay in cache
+  static constexpr int kBlock = 768;               // keys whose panels and gradients stay in cache
   static constexpr int kGroups = kTile / C::kMicroRows;
   static constexpr int kLds = kTile + 16;
-  static constexpr int kLdw = (kTile + 16 * Operand::kDepth) / Operand::kDepth;  // words of a row of dS
+  static constexpr int kLdw =
+      (kTile + 16 * Operand::kDepth) / Operand::kDepth;  // words of a row of dS
   // Rows whose scores are computed at a time: by tiles, they are read again while they are in L1.
   static constexpr int kRowsOfS = kTiles ? C::kMicroRows : kTile;
-  static constexpr int kLdt = kTile / 2 + 16;          // words of a row of Pᵀ or dSᵀ, by tiles
-  static_assert(kTile % C::kMicroRows == 0 && kTile % C::kPanel == 0);
+  static constexpr int kLdt = kTile / 2 + 16;  // words of a row of Pᵀ or dSᵀ, by tiles
+  static_assert(kTile % C::kMicroRows == 0 && kTile % C::kPanel == 0 && kBlock % kTile == 0);
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const BackwardProblem& b) {
     return BackwardKernel(plan, b, WorkspaceLayout()).bytes_;
@@ -45,7 +46,7 @@ class BackwardKernel {
     Word *q_rows, *dout_rows;      // A operands: panels of kMicroRows rows
     Word *q_panels, *dout_panels;  // B operands: panels of kPanel columns
     float *s, *dp;                 // scores then P; dP then dS
-    Word *p_words, *ds_words;      // pairs along the queries, or s and dp themselves; by tiles, transposed
+    Word *p_words, *ds_words;      // pairs along the queries, by tiles transposed, or s and dp
     Word* ds_rows;                 // pairs along the keys, or dp itself
     float *kept, *slope;           // of one row: dropout mask, slope of the softcap
     float* dq;
@@ -323,11 +324,9 @@ class BackwardKernel {
           }
       }
     }
-    const Span key_rows{used_columns.begin / C::kMicroRows * C::kMicroRows,
-                        round_up(used_columns.end, C::kMicroRows)};
-    add_keys(w.p_words, w.dout_panels, key_rows, used_rows,
+    add_keys(w.p_words, w.dout_panels, spans, groups, used_rows, used_columns,
              w.dv + std::int64_t{local} * v_columns_, v_columns_);
-    add_keys(w.ds_words, w.q_panels, key_rows, used_rows,
+    add_keys(w.ds_words, w.q_panels, spans, groups, used_rows, used_columns,
              w.dk + std::int64_t{local} * qk_columns_, qk_columns_);
     const std::int64_t block_words = words_of<C>(round_up(keys.end - keys.begin, kTile));
     product_depth<Operand, kLdw, Update::add>(
@@ -335,20 +334,26 @@ class BackwardKernel {
         block_words * C::kPanel, w.dq, qk_columns_, spans, groups, qk_columns_, nullptr, nullptr);
   }
 
-  // out[keys] += Pᵀ dO, or dSᵀ Q, over `rows` of the queries.
-  void add_keys(const Word* words, const Word* panels, Span keys, Span rows, float* out,
-                int columns) const {
+  // out[keys] += Pᵀ dO, or dSᵀ Q, over the rows and columns of a tile that are used. By tiles, each
+  // group of keys over the groups of rows that see it.
+  void add_keys(const Word* words, const Word* panels, const Span* spans, int groups, Span rows,
+                Span columns, float* out, int out_columns) const {
     if constexpr (kTiles) {
       Span depths[kGroups];
-      for (int g = 0; g < kGroups; ++g) {
-        const int key = g * C::kMicroRows;
-        depths[g] = keys.begin <= key && key < keys.end ? rows : Span{};
+      for (int k = 0; k < kGroups; ++k) {
+        Span depth{kTile, 0};
+        for (int g = 0; g < groups; ++g)
+          if (spans[g].begin <= k * C::kMicroRows && k * C::kMicroRows < spans[g].end)
+            depth = {std::min(depth.begin, g * C::kMicroRows), (g + 1) * C::kMicroRows};
+        depths[k] = depth;
       }
-      product_depth<Operand, kLdt, Update::add>(words, panels, kPanelStride, out, columns, depths,
-                                                kGroups, columns, nullptr, nullptr);
+      product_depth<Operand, kLdt, Update::add>(words, panels, kPanelStride, out, out_columns,
+                                                depths, kGroups, out_columns, nullptr, nullptr);
     } else {
-      product_transposed<Operand, kLds>(words, panels, kPanelStride, out, columns, keys, rows,
-                                        columns);
+      const Span keys{columns.begin / C::kMicroRows * C::kMicroRows,
+                      round_up(columns.end, C::kMicroRows)};
+      product_transposed<Operand, kLds>(words, panels, kPanelStride, out, out_columns, keys, rows,
+                                        out_columns);
     }
   }
 

@@ -83,7 +83,8 @@ class DecodeKernel {
       together = std::max(together, batch_entries(p_) * heads * splits_ / kTasks);
     task_heads_ = static_cast<int>(clamp64(together, 1, std::max<std::int64_t>(heads, 1)));
     head_tasks_ = (heads + task_heads_ - 1) / task_heads_;
-    const std::int64_t parts = splits_ > 1 ? batch_entries(p_) * p_.k.heads() * splits_ * o_rows_ : 0;
+    const std::int64_t parts =
+        splits_ > 1 ? batch_entries(p_) * p_.k.heads() * splits_ * o_rows_ : 0;
     partial_o_ = layout.add<float>(parts * o_columns_);
     partial_state_ = layout.add<SoftmaxState>(parts);
     scratch_bytes_ = carve(WorkspaceLayout()).bytes;
@@ -253,8 +254,8 @@ class DecodeKernel {
   void find_rows(Block& block, const Element* nothing, const SequenceSlice& at, std::int64_t head,
                  Span seen, int key0, int step_keys) const {
     const Span keys{std::max(seen.begin - key0, 0), std::min(seen.end - key0, step_keys)};
-    block.live =
-        keys.empty() ? Span{}
+    block.live = keys.empty()
+                     ? Span{}
                      : Span{keys.begin / kKeyGroup * kKeyGroup, round_up(keys.end, kKeyGroup)};
     std::fill(block.k + block.live.begin, block.k + block.live.end, nothing);
     std::fill(block.v + block.live.begin, block.v + block.live.end, nothing);
@@ -292,8 +293,8 @@ class DecodeKernel {
     } else {
       LinesAhead keys_ahead(
           next.k, next.live, p_.q.head_dim(),
-          keys / kWide * (blocks * q_depth_ / kChains +
-                          others * ceil_div(q_words_, kTurn * Isa::kLanes)));
+          keys / kWide *
+              (blocks * q_depth_ / kChains + others * ceil_div(q_words_, kTurn * Isa::kLanes)));
       if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
       for_groups(in_blocks, rows, [&](auto count, int r) {
         score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
@@ -339,8 +340,7 @@ class DecodeKernel {
         turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), kWide));
     const auto values = [&](auto count, auto vectors, int r) {
       value_rows<decltype(count)::value, decltype(vectors)::value>(
-          w.p + r * kLdp, block, values_ahead, rescaled + r,
-          w.o + std::int64_t{r} * o_columns_);
+          w.p + r * kLdp, block, values_ahead, rescaled + r, w.o + std::int64_t{r} * o_columns_);
     };
     if constexpr (kPaired == 8)
       for (int r = 0; r < paired; r += 8)
@@ -415,7 +415,8 @@ class DecodeKernel {
     if (kWide < 4 || groups < (kSameWords ? 1 : 2)) return 0;
     return ceil_div(std::min(rows, groups * kGroup), Isa::kLanes);
   }
-  // Rows of P and O in a tile: all blocks have as many, so that there may be rows too many at the end.
+  // Rows of P and O in a tile: all blocks have as many, so that there may be rows too many at the
+  // end.
   HEED_BASELINE static int block_rows(int rows) {
     return ceil_div(std::max(rows, 1), std::max(blocks_of(rows), 1));
   }
@@ -475,8 +476,8 @@ class DecodeKernel {
     const int groups = (block.live.end - block.live.begin) / kKeyGroup;
     LinesAhead ahead(next.k, next.live, p_.q.head_dim(), groups * blocks * q_depth_ / kWords);
     for (int i = block.live.begin; i < block.live.end; i += kKeyGroup) {
-      const bool in_place = whole_words && block.strided.begin <= i &&
-                            i + kKeyGroup <= block.strided.end;
+      const bool in_place =
+          whole_words && block.strided.begin <= i && i + kKeyGroup <= block.strided.end;
       const Word* a = w.k;
       if (in_place) {
         a = reinterpret_cast<const Word*>(block.k[i]);

@@ -128,7 +128,8 @@ class ForwardKernel {
   static constexpr int kGroups = kTileM / C::kMicroRows;
   static constexpr int kRowsOfS = kTiles ? C::kMicroRows : kTileM;  // and of P
   static constexpr int kLds = kChunk + 16;  // floats per row of S: an odd number of lines
-  static constexpr int kLdp = (kTileN + 16 * C::Operand::kDepth) / C::Operand::kDepth;  // words per row of P
+  static constexpr int kLdp =
+      (kTileN + 16 * C::Operand::kDepth) / C::Operand::kDepth;  // words per row of P
   static_assert(kTileM % C::kMicroRows == 0 && kTileN % C::kPanel == 0);
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
@@ -373,10 +374,10 @@ class ForwardKernel {
     return {g * C::kMicroRows, std::min(C::kMicroRows, t.rows - g * C::kMicroRows)};
   }
 
-  // One group of rows against kTileN keys, by tiles. Scores are written and read again at once, while
-  // they are in L1, kChunk keys at a time. Maxima stay as they are until one has grown by kSlack,
-  // which is rare; until then O is read and written once for all chunks. `sums`: of each lane of
-  // each row, not yet added up.
+  // One group of rows against kTileN keys, by tiles. Scores are written and read again at once,
+  // while they are in L1, kChunk keys at a time. Maxima stay as they are until one has grown by
+  // kSlack, which is rare; until then O is read and written once for all chunks. `sums`: of each
+  // lane of each row, not yet added up.
   void group_step(const Tile& t, int g, int key0, Statistics& statistics, float* sums,
                   RowsAhead* ahead) const {
     const Group group = group_of_rows(t, g);
@@ -396,15 +397,15 @@ class ForwardKernel {
     const RowLimits common = common_keys(t, group);
     for (int column = seen.begin; column < seen.end; column += kChunk) {
       const int width = std::min(kChunk, seen.end - column);
-      const bool plain = transform_.plain && common.first <= key0 + column &&
-                         key0 + column + width <= common.end;
-      const Span span = plain ? Span{0, width}
-                              : group_span<C>(group_keys<C>(t.limits, group.first, t.rows,
-                                                            key0 + column, width));
+      const bool plain =
+          transform_.plain && common.first <= key0 + column && key0 + column + width <= common.end;
+      const Span span =
+          plain ? Span{0, width}
+                : group_span<C>(group_keys<C>(t.limits, group.first, t.rows, key0 + column, width));
       if (span.empty()) continue;
-      product_columns<typename C::Operand>(
-          t.w.q + std::int64_t{group.first} * k_words_,
-          t.k + std::int64_t{key0 + column} * k_words_, k_words_, s, kLds, &span, 1, width, ahead);
+      product_columns<typename C::Operand>(t.w.q + std::int64_t{group.first} * k_words_,
+                                           t.k + std::int64_t{key0 + column} * k_words_, k_words_,
+                                           s, kLds, &span, 1, width, ahead);
       if (!plain) transform(t, group, span, key0 + column, s);
       const Span now{column + span.begin, column + span.end};
       if (ready.end != now.begin) add_ready();
@@ -421,9 +422,9 @@ class ForwardKernel {
           const int row = group.first + r;
           float* const sum = sums + r * Isa::kLanes;
           const auto compute = [&] {
-            return exponentials<typename C::Operand>(
-                s + r * kLds, dropped ? nullptr : p + r * kLdp, live, Isa::broadcast(factor),
-                Isa::broadcast(statistics.shift[row]));
+            return exponentials<typename C::Operand>(s + r * kLds, dropped ? nullptr : p + r * kLdp,
+                                                     live, Isa::broadcast(factor),
+                                                     Isa::broadcast(statistics.shift[row]));
           };
           const auto most = lane_maxima<Isa>(s + r * kLds, live);
           if (Isa::any_greater(most, Isa::broadcast((statistics.max[row] + kSlack) * unit))) {
@@ -467,7 +468,8 @@ class ForwardKernel {
     float lanes[Isa::kLanes];
     Isa::store(lanes, most);
     const float before = statistics.max[row];
-    const float max = std::max(before, *std::max_element(lanes, lanes + Isa::kLanes) * transform_.factor());
+    const float max =
+        std::max(before, *std::max_element(lanes, lanes + Isa::kLanes) * transform_.factor());
     const float rescaled = rescale(before, max);
     statistics.max[row] = max;
     statistics.shift[row] = -max;

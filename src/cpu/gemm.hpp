@@ -44,9 +44,11 @@ struct TileOperand : Bf16Operand<IsaT> {
 };
 
 template <class Isa>
-concept HasTiles = requires { typename Isa::Tiles; };
-// Tiles are padded with zeros and have to be set up: from how many query rows and scores of a key head
-// on they are faster than AVX-512's vectors (Xeon of family 6 model 167).
+concept HasTiles = requires {
+  typename Isa::Tiles;
+};
+// Tiles are padded with zeros and have to be set up: from how many query rows and scores of a key
+// head on they are faster than AVX-512's vectors (Xeon of family 6 model 167).
 inline constexpr int kLeastTileRows = 3, kLeastTileScores = 144, kLeastTileScoresBackward = 1024;
 template <class Operand>
 concept ByTiles = std::is_same_v<Operand, TileOperand<typename Operand::Isa>>;

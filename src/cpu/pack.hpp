@@ -94,8 +94,8 @@ void pack_transposed(const RowOf& row, int rows, int columns, typename Operand::
   }
 }
 
-// Rows as a product takes them for A: panels of kMicroRows of them, or, by tiles, one after the other
-// up to whole groups of kMicroRows.
+// Rows as a product takes them for A: panels of kMicroRows of them, or, by tiles, one after the
+// other up to whole groups of kMicroRows.
 template <class Operand, class RowOf>
 void pack_rows(const RowOf& row, int rows, int columns, typename Operand::Word* out) {
   using Isa = typename Operand::Isa;

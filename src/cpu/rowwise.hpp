@@ -174,10 +174,10 @@ template <class Isa>
   return Isa::max(even, odd);
 }
 
-// Takes the scores [begin, end) of up to kGroup rows from `first` on, `lds` floats apart, into their
-// maxima. Reductions and factors of the rows are computed together, a lane each: one by one, their
-// latency would take as long as the exponentials. Lanes without a row see no score and keep their
-// statistics; where there are at most kGroup rows, they get those of a row.
+// Takes the scores [begin, end) of up to kGroup rows from `first` on, `lds` floats apart, into
+// their maxima. Reductions and factors of the rows are computed together, a lane each: one by one,
+// their latency would take as long as the exponentials. Lanes without a row see no score and keep
+// their statistics; where there are at most kGroup rows, they get those of a row.
 template <class Isa, int kGroup, int kRows>
 void take_maxima(const float* s, int lds, int first, int rows, Span columns, float factor,
                  RowStatistics<Isa, kRows>& all) {
@@ -244,8 +244,8 @@ template <class Operand>
 // them into `all`. Words of P are `ldw` apart.
 template <class Operand, int kGroup, int kRows>
 void softmax_group(float* s, int lds, int first, int rows, Span columns, float factor,
-                   RowStatistics<typename Operand::Isa, kRows>& all,
-                   typename Operand::Word* words, int ldw) {
+                   RowStatistics<typename Operand::Isa, kRows>& all, typename Operand::Word* words,
+                   int ldw) {
   using Isa = typename Operand::Isa;
   using Vec = typename Isa::Vec;
   take_maxima<Isa, kGroup>(s, lds, first, rows, columns, factor, all);

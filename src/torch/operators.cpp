@@ -372,12 +372,14 @@ void kernels(StableIValue* stack, std::uint64_t, std::uint64_t) {
       text += "no GPU\n";
       continue;
     }
+    const std::string name = name_of(row);  // forced: whether it is worth it depends on the problem
+    const char* const forced = std::getenv("HEED_FORCE_KERNEL");
     const Request request{.pass = row.pass,
                           .dtype = row.dtype,
                           .arch = on_gpu ? gpu->arch : cpu->arch,
                           .head_dim = 1,
                           .query_rows = 1,
-                          .force = std::getenv("HEED_FORCE_KERNEL"),
+                          .force = forced == nullptr ? name.c_str() : forced,
                           .score = row.score,
                           .smem_bytes = on_gpu ? gpu->smem_bytes : 0};
     const Mismatch why = mismatch(row, request);

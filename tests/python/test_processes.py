@@ -99,3 +99,21 @@ def test_in_a_forked_child() -> None:
         text=True,
     )
     assert done.returncode == 0, f"wait status {done.returncode}\n{done.stderr}"
+
+
+def test_other_libraries_tiles_are_left_as_they_were() -> None:
+    """oneDNN's products, and PyTorch's attention, use the same tile registers on the same threads."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(256, 256, generator=generator).bfloat16() for _ in range(2))
+    q, k, v = (torch.randn(2, 4, 200, 64, generator=generator).bfloat16() for _ in range(3))
+
+    def others() -> list[torch.Tensor]:
+        return [a @ b, torch.nn.functional.scaled_dot_product_attention(q, k, v)]
+
+    def ours() -> torch.Tensor:
+        return heed.attention(*(x.transpose(1, 2) for x in (q, k, v)))
+
+    before, out = others(), ours()
+    for _ in range(20):
+        assert all(torch.equal(x, y) for x, y in zip(others(), before, strict=True))
+        assert torch.equal(ours(), out)

@@ -1,5 +1,5 @@
-// AVX-512 with AMX: a tile is 16 rows of 64 bytes, and one instruction multiplies two of bf16 into a
-// third of f32. Everything after this header is compiled for it, up to isa/end.hpp.
+// AVX-512 with AMX: a tile is 16 rows of 64 bytes, and one instruction multiplies two of bf16 into
+// a third of f32. Everything after this header is compiled for it, up to isa/end.hpp.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(                                                                \
-    __attribute__((target(                                                                   \
-        "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), \
+#pragma clang attribute push(                                                                      \
+    __attribute__((                                                                                \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
 #pragma GCC target("amx-tile,amx-bf16")
@@ -58,13 +58,20 @@ struct AmxBf16 : Avx512Bf16 {
   // `stride`: words from row to row.
   template <int kTile>
   [[gnu::always_inline]] static void load_tile(const void* p, std::int64_t stride) {
-    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(p), "r"(stride * 4) : "memory");
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0"
+                 :
+                 : "i"(kTile), "r"(p), "r"(stride * 4)
+                 : "memory");
   }
   template <int kTile>
   [[gnu::always_inline]] static void store_tile(float* p, std::int64_t stride) {
-    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(p), "r"(stride * 4) : "memory");
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)"
+                 :
+                 : "i"(kTile), "r"(p), "r"(stride * 4)
+                 : "memory");
   }
-  // C[row][column] += A[row][word] . B[word][column], 16 words deep; subnormal numbers count as zero.
+  // C[row][column] += A[row][word] . B[word][column], 16 words deep; subnormal numbers count as
+  // zero.
   template <int kC, int kA, int kB>
   [[gnu::always_inline]] static void multiply_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));

@@ -47,8 +47,8 @@ struct Avx512Bf16 : Avx512 {
     alignas(64) static constexpr std::uint16_t kPaired[2 * kLanes] = {
         0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(
-        _mm512_load_si512(kPaired), (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kPaired),
+                                                        (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
   }
   static void store_zipped(std::uint32_t* p, Vec even, Vec odd) {
     _mm512_storeu_ps(p, zipped(even, odd));
