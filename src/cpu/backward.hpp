@@ -296,7 +296,8 @@ class BackwardKernel {
                       std::max(used_columns.end, spans[g].end)};
     }
     if (used_rows.empty()) return;
-    for (int first = used_rows.begin; first < used_rows.end; first += kRowsOfS) {
+    for (int first = used_rows.begin / kRowsOfS * kRowsOfS; first < used_rows.end;
+         first += kRowsOfS) {
       const int g = first / C::kMicroRows;
       const int end = std::min(first + kRowsOfS, used_rows.end);
       const int some = (end - first) / C::kMicroRows;
@@ -306,7 +307,7 @@ class BackwardKernel {
       product_columns<Operand>(w.dout_rows + std::int64_t{first} * v_words_,
                                w.v_columns + std::int64_t{local} * v_words_, v_words_, w.dp, kLds,
                                spans + g, some, columns, nullptr);
-      for (int r = first; r < end; ++r)
+      for (int r = std::max(first, used_rows.begin); r < end; ++r)
         gradient_row(w, at, head, row0, r, r < rows ? limits[r] : RowLimits{},
                      spans[r / C::kMicroRows], key0, w.s + (r - first) * kLds,
                      w.dp + (r - first) * kLds);
@@ -314,7 +315,7 @@ class BackwardKernel {
         transpose_words(w.s, used_columns, w.p_words + first / 2);
         transpose_words(w.dp, used_columns, w.ds_words + first / 2);
       } else if constexpr (C::kPairs) {
-        for (int r = first; r < end; r += 2)
+        for (int r = used_rows.begin; r < end; r += 2)
           for (int c = 0; c < kTile; c += Isa::kLanes) {
             const int at_row = (r - first) * kLds + c, at_word = r / 2 * kLds + c;
             Isa::store_zipped(w.p_words + at_word, Isa::load(w.s + at_row),
