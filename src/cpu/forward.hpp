@@ -254,9 +254,23 @@ class ForwardKernel {
       const SequenceSlice at = slice_of(p_, now.share.entry);
       const std::int64_t row = now.tile * kTileM;
       if (row >= at.q.length) return;
+      RowsAhead ahead;
+      if constexpr (kTiles) ahead = queries_after(tiles, task + workers_);
       tile(scratch(worker), at, now.head, static_cast<int>(row), k_panels(at, now.head / group),
-           v_panels(at, now.head / group), nullptr);
+           v_panels(at, now.head / group), kTiles ? &ahead : nullptr);
     });
+  }
+
+  // The rows of q of the tile that is probably the worker's next one. The vector kernels compute a tile
+  // for so long that asking for them costs more than waiting.
+  RowsAhead queries_after(const TaskOrder& tiles, std::int64_t next) const {
+    RowsAhead ahead;
+    if (next >= tiles.tasks()) return ahead;
+    const TaskOrder::Task after = tiles.at(next);
+    const std::int64_t row = after.tile * kTileM;
+    add_rows<Element>(ahead, p_.q, slice_of(p_, after.share.entry).q, after.head, row,
+                      row + kTileM);
+    return ahead;
   }
 
   // What a worker that packs for itself needs after a tile: the next rows of q, and a part of the
