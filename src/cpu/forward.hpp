@@ -261,8 +261,8 @@ class ForwardKernel {
     });
   }
 
-  // The rows of q of the tile that is probably the worker's next one. The vector kernels compute a tile
-  // for so long that asking for them costs more than waiting.
+  // The rows of q of the tile that is probably the worker's next one. The vector kernels compute a
+  // tile for so long that asking for them costs more than waiting.
   RowsAhead queries_after(const TaskOrder& tiles, std::int64_t next) const {
     RowsAhead ahead;
     if (next >= tiles.tasks()) return ahead;
