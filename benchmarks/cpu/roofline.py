@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -60,9 +61,13 @@ def main() -> None:
     if not results:
         raise SystemExit(f"cpu.json has no cells of {', '.join(MARKERS)}: bench.py --save first")
     plt.rcParams["svg.hashsalt"] = "heed"
-    figure, axes = plt.subplots(1, len(results), figsize=(6.5 * len(results), 4.5), squeeze=False)
-    for at, result in zip(axes[0], results, strict=True):
-        draw(at, result)
+    lines = (len(results) + 1) // 2
+    figure, axes = plt.subplots(lines, 2, figsize=(13, 4.5 * lines), squeeze=False)
+    for at, result in zip_longest(axes.flat, results):
+        if result is None:
+            at.axis("off")
+        else:
+            draw(at, result)
     figure.tight_layout()
     figure.savefig(ROOT / "docs/kernels/cpu_roofline.svg", metadata={"Date": None})
 
