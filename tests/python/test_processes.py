@@ -102,7 +102,7 @@ def test_in_a_forked_child() -> None:
 
 
 def test_other_libraries_tiles_are_left_as_they_were() -> None:
-    """oneDNN's products, and PyTorch's attention, use the same tile registers on the same threads."""
+    """oneDNN and PyTorch's attention use the same tile registers on the same threads."""
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randn(256, 256, generator=generator).bfloat16() for _ in range(2))
     q, k, v = (torch.randn(2, 4, 200, 64, generator=generator).bfloat16() for _ in range(3))
