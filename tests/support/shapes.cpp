@@ -117,6 +117,8 @@ std::vector<Shape> make_curated() {
     s.heads_q = 6;
     s.heads_k = 3;
   });
+  // The first key of some rows begins a panel, and a block of keys that all but few rows see whole.
+  add(named("window_of_panels"), lengths(400, 400), band({.left = 160, .right = 0}));
   add(named("long_keys_window"), lengths(40, 1500), band(sliding_window(300)),
       [](Shape& s) { s.head_dim = 16; });
 
