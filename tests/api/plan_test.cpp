@@ -397,6 +397,44 @@ TEST(Devices, PlansTakeTheFastestInstructionSet) {
   EXPECT_EQ(Device::cpu()->arch, slow ? Arch::avx512 : cpu::best_arch());
 }
 
+#if defined(__x86_64__)
+// Tiles are set up and filled with zeros, which few rows and few keys do not pay; and where there
+// are tiles, dot products are slower than fp32.
+TEST(Devices, TilesAreTakenWhereTheyPay) {
+  struct Case {
+    std::int64_t seqlen_q, seqlen_k;  // two query heads share a key head
+    const char *forward, *backward, *why_not;
+  };
+  const Device device{.arch = Arch::amx_bf16, .units = 2};
+  for (const Case& c : {Case{1, 1000, "avx512/decode/bf16", "amx_bf16/backward/bf16",
+                             "takes at least 3 query rows per key head, here 2"},
+                        Case{4, 17, "avx512/decode/bf16", "avx512/backward/bf16",
+                             "takes at least 144 scores per key head, here 136"},
+                        Case{4, 18, "amx_bf16/decode/bf16", "avx512/backward/bf16", ""},
+                        Case{32, 16, "amx_bf16/decode/bf16", "amx_bf16/backward/bf16", ""},
+                        Case{40, 40, "amx_bf16/forward/bf16", "amx_bf16/backward/bf16", ""}}) {
+    SmallProblem small({.seqlen_q = c.seqlen_q, .seqlen_k = c.seqlen_k});
+    BackwardProblem& b = small.backward;
+    for (ConstTensorView* t : {&b.forward.q, &b.forward.k, &b.forward.v, &b.dout})
+      t->dtype = DType::bf16;
+    for (TensorView* t : {&b.forward.out, &b.dq, &b.dk, &b.dv}) t->dtype = DType::bf16;
+    const Result<Plan> forward = plan(b.forward, device), backward = plan(b, device);
+    ASSERT_TRUE(forward.ok() && backward.ok()) << forward.status().message();
+    EXPECT_EQ(name_of(*forward->row), c.forward) << c.seqlen_q << " x " << c.seqlen_k;
+    EXPECT_EQ(name_of(*backward->row), c.backward) << c.seqlen_q << " x " << c.seqlen_k;
+    const std::string text = explain(b.forward, device);
+    EXPECT_NE(text.find(c.why_not), std::string::npos) << text;
+    if (*c.why_not == '\0') continue;
+    EXPECT_NE(
+        text.find("not avx512_bf16/decode/bf16: on CPUs with AMX, bf16 dot products are slower"),
+        std::string::npos)
+        << text;
+    const Environment forced("HEED_FORCE_KERNEL", "amx_bf16/decode");
+    EXPECT_EQ(name_of(*plan(b.forward, device)->row), "amx_bf16/decode/bf16");
+  }
+}
+#endif
+
 // An instruction set of processors that this one is not.
 Arch of_another_cpu() { return Device::cpu()->arch >= Arch::neon ? Arch::avx2 : Arch::neon; }
 
