@@ -48,13 +48,13 @@ class DecodeKernel {
     Word* q;          // [task_heads_][rows][q_words_], padded to whole vectors
     Word* q_blocks;   // [task_heads_][blocks_][q_depth_][kLanes]: rows whose scores are a lane each
     Word* k;          // [kKeys][q_words_], where keys do not stand in memory as words
-    float* s_blocks;  // [blocks_][kKeys][kLanes]
+    float* s_blocks;  // [blocks_][kKeys][kLanes], then their P: [blocks_][a word of keys][kLanes]
     Word* v;          // by tiles, [o_columns_ / kPanel][kKeys / 2][kPanel]: pairs of keys
     float* s;         // [rows][kKeys]
     Word* p;          // the words of S; S itself where they are floats
     float* o;         // [task_heads_][rows][o_columns_]
     Element* nothing;  // a row of zeros, which stands for keys and values that no row sees
-    float* kept;       // dropout mask of one row
+    float* of_row;      // [kKeys] bias or dropout mask of one row
     RowStatistics<Isa, kMaxRows>* statistics;  // [task_heads_]
   };
   struct Carved {
@@ -120,7 +120,7 @@ class DecodeKernel {
     }
     s.o = layout.add<float>(std::int64_t{task_heads_} * o_rows_ * o_columns_);
     s.nothing = layout.add<Element>(std::max(p_.q.head_dim(), p_.v.head_dim()));
-    s.kept = layout.add<float>(kKeys);
+    s.of_row = layout.add<float>(kKeys);
     s.statistics = layout.add<RowStatistics<Isa, kMaxRows>>(task_heads_);
     return {s, layout.bytes()};
   }
@@ -289,34 +289,20 @@ class DecodeKernel {
     const int in_blocks = std::min(blocks * Isa::kLanes, rows);
     const int others = ceil_div(rows - in_blocks, kTogether);  // groups of rows
     if constexpr (kTiles) {
-      score_tiles(w, block, next, blocks, rows);
+      score_tiles(w, block, next, blocks);
     } else {
       LinesAhead keys_ahead(
           next.k, next.live, p_.q.head_dim(),
           keys / kWide *
               (blocks * q_depth_ / kChains + others * ceil_div(q_words_, kTurn * Isa::kLanes)));
-      if (blocks > 0) score_blocks(w, block, blocks, rows, keys_ahead);
+      if (blocks > 0) score_blocks(w, block, blocks, keys_ahead);
       for_groups(in_blocks, rows, [&](auto count, int r) {
         score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
       });
     }
-    const Span columns{block.live.begin / C::kPanel * C::kPanel,
-                       round_up(block.live.end, C::kPanel)};
-    const bool dropped = p_.dropout.probability > 0.f;
-    for (int r = 0; r < rows; ++r)
-      transform_.apply(w.s + r * kKeys, nullptr, columns, live_columns(limits[r], key0, columns),
-                       at, head_of(at, head, r), r % at.q.length, key0);
-    for (int r = 0; r < rows; r += Isa::kLanes)
-      softmax_rows<Operand>(w.s + r * kKeys, kKeys, r, std::min(rows - r, Isa::kLanes), columns,
-                            transform_.factor(), statistics, dropped ? nullptr : w.p + r * kLdp,
-                            kLdp);
-    if (dropped)
-      for (int r = 0; r < rows; ++r) {
-        dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length,
-                     key0 + columns.begin, columns.end - columns.begin, w.kept + columns.begin);
-        apply_factors<Isa>(w.s + r * kKeys, w.kept, columns);
-        to_words<Operand>(w.s + r * kKeys, w.p + r * kLdp, columns);
-      }
+    for (int r = 0; r < in_blocks; r += Isa::kLanes)
+      softmax_block(w, block, at, head, r, std::min(rows - r, Isa::kLanes), limits + r, key0);
+    softmax_others(w, block, at, head, in_blocks, rows, limits, key0);
     if constexpr (kTiles) {
       value_tiles(w, block, next, rows, statistics.rescaled);
     } else {
@@ -324,13 +310,105 @@ class DecodeKernel {
     }
   }
 
+  // The scores of rows [first, rows), which stand by rows, become P.
+  void softmax_others(const Scratch& w, const Block& block, const SequenceSlice& at,
+                      std::int64_t head, int first, int rows, const RowLimits* limits,
+                      int key0) const {
+    const Span columns{block.live.begin / C::kPanel * C::kPanel,
+                       round_up(block.live.end, C::kPanel)};
+    const bool dropped = p_.dropout.probability > 0.f;
+    for (int r = first; r < rows; ++r)
+      transform_.apply(w.s + r * kKeys, nullptr, columns, live_columns(limits[r], key0, columns),
+                       at, head_of(at, head, r), r % at.q.length, key0);
+    for (int r = first; r < rows; r += Isa::kLanes)
+      softmax_rows<Operand>(w.s + r * kKeys, kKeys, r, std::min(rows - r, Isa::kLanes), columns,
+                            transform_.factor(), *w.statistics,
+                            dropped ? nullptr : w.p + r * kLdp, kLdp);
+    if (!dropped) return;
+    for (int r = first; r < rows; ++r) {
+      dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length,
+                   key0 + columns.begin, columns.end - columns.begin, w.of_row + columns.begin);
+      apply_factors<Isa>(w.s + r * kKeys, w.of_row, columns);
+      to_words<Operand>(w.s + r * kKeys, w.p + r * kLdp, columns);
+    }
+  }
+
+  // The same for the block of `rows` rows from `first` on, with a lane for each.
+  void softmax_block(const Scratch& w, const Block& block, const SequenceSlice& at,
+                     std::int64_t head, int first, int rows, const RowLimits* limits,
+                     int key0) const {
+    float* const s = w.s_blocks + first * kKeys;
+    const Span keys = block.live;
+    const bool dropped = p_.dropout.probability > 0.f;
+    const auto for_row = [&](int lane, const auto& body) {
+      const int r = first + lane;
+      std::fill(w.of_row + keys.begin, w.of_row + keys.end, 0.f);
+      body(head_of(at, head, r), r % at.q.length);
+    };
+    if (!transform_.plain) {
+      transform_.scale_and_cap(s, nullptr, {keys.begin * Isa::kLanes, keys.end * Isa::kLanes});
+      if (p_.bias)
+        for (int lane = 0; lane < rows; ++lane)
+          for_row(lane, [&](std::int64_t q_head, int row) {
+            transform_.add_bias(w.of_row, live_columns(limits[lane], key0, keys), at, q_head, row,
+                                key0);
+            for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] += w.of_row[i];
+          });
+    }
+    hide(s, keys, at, rows, limits, key0);
+    softmax_lanes<Operand>(s, keys, first, transform_.factor(), *w.statistics, dropped);
+    if (dropped) {
+      for (int lane = 0; lane < rows; ++lane)
+        for_row(lane, [&](std::int64_t q_head, int row) {
+          dropout_mask(p_.dropout, at.entry, q_head, row, key0 + keys.begin,
+                       keys.end - keys.begin, w.of_row + keys.begin);
+          for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] *= w.of_row[i];
+        });
+      if constexpr (C::kPairs)
+        for (int i = keys.begin; i < keys.end; i += 2)
+          Isa::store_zipped(reinterpret_cast<Word*>(s) + i / 2 * Isa::kLanes,
+                            Isa::load(s + i * Isa::kLanes), Isa::load(s + (i + 1) * Isa::kLanes));
+    }
+    if constexpr (kTiles) transpose_words(reinterpret_cast<const Word*>(s), keys, rows, w.p + first * kLdp);
+  }
+
+  // s[key][lane] = -inf where the row does not see the key.
+  void hide(float* s, Span keys, const SequenceSlice& at, int rows, const RowLimits* limits,
+            int key0) const {
+    using Ints [[gnu::vector_size(sizeof(Vec))]] = int;
+    int first[Isa::kLanes], end[Isa::kLanes];
+    Span all = keys, some{keys.end, keys.begin};  // what all rows see, and what one does
+    for (int lane = 0; lane < Isa::kLanes; ++lane) {
+      const Span live = live_columns(limits[std::min(lane, rows - 1)], key0, keys);
+      first[lane] = live.begin;
+      end[lane] = live.end;
+      all = {std::max(all.begin, live.begin), std::min(all.end, live.end)};
+      some = {std::min(some.begin, live.begin), std::max(some.end, live.end)};
+    }
+    Ints firsts, ends;
+    std::memcpy(&firsts, first, sizeof firsts);
+    std::memcpy(&ends, end, sizeof ends);
+    const Vec hidden = Isa::broadcast(-kInfinity);
+    for (int i = keys.begin; i < keys.end; ++i) {
+      if (i == all.begin) i = std::max(i, all.end);
+      if (i == keys.end) break;
+      const Ints key = Ints{} + i;
+      const Ints sees = (firsts <= key) & (key < ends);
+      Isa::store(s + i * Isa::kLanes, sees ? Isa::load(s + i * Isa::kLanes) : hidden);
+    }
+    if (!all_keys_valid(p_.intervals, at, key0 + some.begin, key0 + some.end))
+      for (int i = some.begin; i < some.end; ++i)
+        if (!key_valid(p_.intervals, at, key0 + i)) Isa::store(s + i * Isa::kLanes, hidden);
+  }
+
   // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i], a few rows at a time.
   void value_groups(const Scratch& w, const Block& block, const Block& next, int rows,
                     const float* rescaled) const {
     const int keys = block.live.end - block.live.begin;
+    const int in_blocks = std::min(blocks_of(rows) * Isa::kLanes, rows);
     // Where the type has to be widened, twice the rows make use of half the vectors.
-    constexpr int kPaired = kWide == 4 && !std::is_same_v<Element, float> ? 8 : 4;
-    const int paired = kPaired == 8 ? rows / 8 * 8 : 0;
+    constexpr bool kPaired = kWide == 4 && !std::is_same_v<Element, float>;
+    const int paired = kPaired ? rows / 8 * 8 : 0;
     const auto turns = [&](int groups, int vectors) {
       return groups * (keys / (kTurn * Operand::kDepth)) *
              ceil_div(static_cast<int>(p_.v.head_dim()), vectors * Isa::kLanes);
@@ -338,15 +416,30 @@ class DecodeKernel {
     LinesAhead values_ahead(
         next.v, next.live, p_.v.head_dim(),
         turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), kWide));
-    const auto values = [&](auto count, auto vectors, int r) {
-      value_rows<decltype(count)::value, decltype(vectors)::value>(
-          w.p + r * kLdp, block, values_ahead, rescaled + r, w.o + std::int64_t{r} * o_columns_);
+    const auto values = [&](auto count, auto vectors, auto lanes, int r) {
+      constexpr bool kLanesP = decltype(lanes)::value;
+      const Word* p = kLanesP ? reinterpret_cast<const Word*>(w.s_blocks) +
+                                    r / Isa::kLanes * (kKeys * Isa::kLanes) + r % Isa::kLanes
+                              : w.p + r * kLdp;
+      value_rows<decltype(count)::value, decltype(vectors)::value, kLanesP>(
+          p, block, values_ahead, rescaled + r, w.o + std::int64_t{r} * o_columns_);
     };
-    if constexpr (kPaired == 8)
-      for (int r = 0; r < paired; r += 8)
-        values(std::integral_constant<int, 8>(), std::integral_constant<int, 2>(), r);
-    for_groups(paired, rows,
-               [&](auto count, int r) { values(count, std::integral_constant<int, kWide>(), r); });
+    const auto pairs = [&](auto lanes, int r, int end) {
+      if constexpr (kPaired)
+        for (; r + 8 <= end; r += 8)
+          values(std::integral_constant<int, 8>(), std::integral_constant<int, 2>(), lanes, r);
+      return r;
+    };
+    const auto groups = [&](auto lanes, int first, int end) {
+      for_groups(first, end, [&](auto count, int r) {
+        values(count, std::integral_constant<int, kWide>(), lanes, r);
+      });
+    };
+    // Groups do not begin in one block and end in the next.
+    if constexpr (kWide == 4)
+      for (int r = pairs(std::true_type(), 0, in_blocks); r < in_blocks; r += kTogether)
+        groups(std::true_type(), r, std::min(r + kTogether, in_blocks));
+    groups(std::false_type(), pairs(std::false_type(), in_blocks, rows), rows);
   }
 
   // The lines of rows, asked for in the order of memory and evenly over the `turns` that a product
@@ -425,8 +518,7 @@ class DecodeKernel {
   }
 
   // s[r][i] = q[r] · k[i] for the rows of blocks.
-  void score_blocks(const Scratch& w, const Block& block, int blocks, int rows,
-                    LinesAhead& ahead) const {
+  void score_blocks(const Scratch& w, const Block& block, int blocks, LinesAhead& ahead) const {
     const void* keys[kKeys];
     const bool in_place = kSameWords && p_.q.head_dim() % Operand::kDepth == 0;
     for (int i = block.live.begin; i < block.live.end; ++i) {
@@ -449,27 +541,23 @@ class DecodeKernel {
         b += 1;
       }
     }
-    transpose_blocks(w, block, std::min(blocks * Isa::kLanes, rows));
   }
 
-  // Scores of blocks -> rows of S.
-  void transpose_blocks(const Scratch& w, const Block& block, int rows) const {
-    for (int r = 0; r < rows; r += Isa::kLanes)
-      for (int i = block.live.begin / Isa::kLanes * Isa::kLanes; i < block.live.end;
-           i += Isa::kLanes) {
-        Vec square[Isa::kLanes];
+  // P of a block of `rows` rows, [word of keys][lane] -> rows of words.
+  void transpose_words(const Word* words, Span keys, int rows, Word* p) const {
+    for (int i = keys.begin / 2; i < keys.end / 2; i += Isa::kLanes) {
+      Vec square[Isa::kLanes];
 #pragma GCC unroll 16
-        for (int j = 0; j < Isa::kLanes; ++j)
-          square[j] = Isa::load(w.s_blocks + r * kKeys + (i + j) * Isa::kLanes);
-        transpose_steps<1>(square);
-        for (int j = 0; j < std::min(Isa::kLanes, rows - r); ++j)
-          Isa::store(w.s + (r + j) * kKeys + i, square[j]);
-      }
+      for (int j = 0; j < Isa::kLanes; ++j)
+        square[j] = Isa::load(reinterpret_cast<const float*>(words + (i + j) * Isa::kLanes));
+      transpose_steps<1>(square);
+      for (int r = 0; r < rows; ++r)
+        Isa::store(reinterpret_cast<float*>(p + r * kLdp + i), square[r]);
+    }
   }
 
   // The same by tiles: 32 keys are A, from where they stand if tiles can be read from there.
-  void score_tiles(const Scratch& w, const Block& block, const Block& next, int blocks,
-                   int rows) const {
+  void score_tiles(const Scratch& w, const Block& block, const Block& next, int blocks) const {
     constexpr int kRows = Isa::kTileRows, kWords = Isa::kTileWords;
     const std::int64_t key_stride = p_.k.seqlen_stride();
     const bool whole_words = p_.q.head_dim() % Operand::kDepthStep == 0 && key_stride % 2 == 0;
@@ -502,7 +590,6 @@ class DecodeKernel {
         Isa::template store_tile<1>(out + kRows * Isa::kLanes, Isa::kLanes);
       }
     }
-    transpose_blocks(w, block, rows);
   }
 
   // The same by tiles: the pairs of keys are B.
@@ -644,9 +731,15 @@ class DecodeKernel {
   }
 
   // kRows of them. Asks for the next step's values meanwhile.
-  template <int kRows, int kVectors>
+  template <int kRows, int kVectors, bool kLanesP>
   void value_rows(const Word* p, const Block& block, LinesAhead& values_ahead,
                   const float* rescaled, float* o) const {
+    // P of row r and a word of keys, by rows or by blocks.
+    const auto weight_of = [&](int r, int i) __attribute__((always_inline)) {
+      if constexpr (kLanesP)
+        return p[r / Isa::kLanes * (kKeys * Isa::kLanes) + r % Isa::kLanes + i * Isa::kLanes];
+      return p[r * kLdp + i];
+    };
     LinesAhead ahead = values_ahead;
     const int columns = static_cast<int>(p_.v.head_dim());
     constexpr int kStep = kVectors * Isa::kLanes;
@@ -666,7 +759,7 @@ class DecodeKernel {
           load_values(block.v + i, col, columns, whole, v);
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
-            const Word weight = p[r * kLdp + i / Operand::kDepth];
+            const Word weight = weight_of(r, i / Operand::kDepth);
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], weight, v[j]);
           }

@@ -174,6 +174,20 @@ template <class Isa>
   return Isa::max(even, odd);
 }
 
+// Takes the largest scores of kLanes rows from `first` on, a lane each, into their maxima.
+template <class Isa, int kRows>
+void take_most(typename Isa::Vec most, int first, float factor, RowStatistics<Isa, kRows>& all) {
+  using Vec = typename Isa::Vec;
+  const Vec lowest = Isa::broadcast(std::numeric_limits<float>::lowest());
+  const Vec before = Isa::load(all.max + first);
+  const Vec max = Isa::max(most * Isa::broadcast(factor), before);
+  // Without a visible key the maximum is -inf; the lowest number keeps (-inf) - max from being NaN.
+  const Vec finite = Isa::max(max, lowest);
+  Isa::store(all.max + first, max);
+  Isa::store(all.rescaled + first, exp2<Isa>(Isa::max(before, lowest) - finite));
+  Isa::store(all.shift + first, Isa::broadcast(0.f) - finite);
+}
+
 // Takes the scores [begin, end) of up to kGroup rows from `first` on, `lds` floats apart, into
 // their maxima. Reductions and factors of the rows are computed together, a lane each: one by one,
 // their latency would take as long as the exponentials. Lanes without a row see no score and keep
@@ -185,24 +199,22 @@ void take_maxima(const float* s, int lds, int first, int rows, Span columns, flo
   Vec most[kGroup];
   for (int r = 0; r < kGroup; ++r) most[r] = Isa::broadcast(-kInfinity);
   for (int r = 0; r < rows; ++r) most[r] = lane_maxima<Isa>(s + r * lds, columns);
-  const Vec lowest = Isa::broadcast(std::numeric_limits<float>::lowest());
-  const Vec before = Isa::load(all.max + first);
-  const Vec max = Isa::max(
-      reduce_rows(most, [](Vec a, Vec b) { return Isa::max(a, b); }) * Isa::broadcast(factor),
-      before);
-  // Without a visible key the maximum is -inf; the lowest number keeps (-inf) - max from being NaN.
-  const Vec finite = Isa::max(max, lowest);
-  Isa::store(all.max + first, max);
-  Isa::store(all.rescaled + first, exp2<Isa>(Isa::max(before, lowest) - finite));
-  Isa::store(all.shift + first, Isa::broadcast(0.f) - finite);
+  take_most<Isa>(reduce_rows(most, [](Vec a, Vec b) { return Isa::max(a, b); }), first, factor,
+                 all);
+}
+
+// Takes the sums of the exponentials of kLanes rows from `first` on.
+template <class Isa, int kRows>
+void take_sum(typename Isa::Vec sum, int first, RowStatistics<Isa, kRows>& all) {
+  Isa::store(all.sum + first,
+             Isa::load(all.sum + first) * Isa::load(all.rescaled + first) + sum);
 }
 
 // Takes what the lanes of up to kGroup rows from `first` on add up to into their sums.
 template <class Isa, int kGroup, int kRows>
 void take_sums(typename Isa::Vec (&sums)[kGroup], int first, RowStatistics<Isa, kRows>& all) {
   using Vec = typename Isa::Vec;
-  Isa::store(all.sum + first, Isa::load(all.sum + first) * Isa::load(all.rescaled + first) +
-                                  reduce_rows(sums, [](Vec a, Vec b) { return a + b; }));
+  take_sum<Isa>(reduce_rows(sums, [](Vec a, Vec b) { return a + b; }), first, all);
 }
 
 // Turns the scores of one row into unnormalised P: exp2(factor * score + shift). P replaces the
@@ -269,6 +281,42 @@ void softmax_rows(float* s, int lds, int first, int rows, Span columns, float fa
     softmax_group<Operand, Operand::Isa::kLanes>(s, lds, first, rows, columns, factor, all, words,
                                                  ldw);
   }
+}
+
+// The same for kLanes rows from `first` on that are a lane each, s[key][lane], where nothing has to
+// be reduced. P becomes words, [word of keys][lane], where the scores were, or `plain` floats.
+template <class Operand, int kRows>
+void softmax_lanes(float* s, Span keys, int first, float factor,
+                   RowStatistics<typename Operand::Isa, kRows>& all, bool plain) {
+  using Isa = typename Operand::Isa;
+  using Vec = typename Isa::Vec;
+  constexpr int kChains = 4;  // `keys` are multiples of it
+  Vec most[kChains];
+  for (Vec& m : most) m = Isa::broadcast(-kInfinity);
+  for (int i = keys.begin; i < keys.end; i += kChains)
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j)
+      most[j] = Isa::max(Isa::load(s + (i + j) * Isa::kLanes), most[j]);
+  take_most<Isa>(Isa::max(Isa::max(most[0], most[1]), Isa::max(most[2], most[3])), first, factor,
+                 all);
+  const Vec f = Isa::broadcast(factor), shift = Isa::load(all.shift + first);
+  Vec sums[2] = {Isa::broadcast(0.f), Isa::broadcast(0.f)};
+  for (int i = keys.begin; i < keys.end; i += 2) {
+    float* const at = s + i * Isa::kLanes;
+    const Vec even = exp2<Isa>(Isa::fma(Isa::load(at), f, shift));
+    const Vec odd = exp2<Isa>(Isa::fma(Isa::load(at + Isa::kLanes), f, shift));
+    sums[0] = sums[0] + even;
+    sums[1] = sums[1] + odd;
+    if constexpr (Operand::kDepth == 2) {
+      if (!plain) {
+        Isa::store_zipped(reinterpret_cast<std::uint32_t*>(s) + i / 2 * Isa::kLanes, even, odd);
+        continue;
+      }
+    }
+    Isa::store(at, even);
+    Isa::store(at + Isa::kLanes, odd);
+  }
+  take_sum<Isa>(sums[0] + sums[1], first, all);
 }
 
 // C *= factor[row], where there is a factor other than 1.
