@@ -451,21 +451,27 @@ class DecodeKernel {
     LinesAhead(const Element* const* rows, Span live, std::int64_t columns, int turns)
         : row_(rows + live.begin),
           end_(rows + live.end),
-          row_bytes_(static_cast<int>(columns * static_cast<int>(sizeof(Element)))) {
-      lines_ = (live.end - live.begin) * ceil_div(row_bytes_, kLine);
-      while (at_once_ * turns < lines_ && turns > 0) at_once_ *= 2;
-      due_ = at_once_ * turns;
+          row_bytes_(static_cast<int>(columns * static_cast<int>(sizeof(Element)))),
+          four_(ceil_div(row_bytes_, kLine) % 4 == 0),
+          due_(std::max(turns, 1)) {
+      asks_ = (live.end - live.begin) * ceil_div(row_bytes_, (four_ ? 4 : 2) * kLine);
     }
     // What takes the time of several turns counts as so many.
     [[gnu::always_inline]] void ask(int turns = 1) {
-      for (paid_ += lines_ * turns; paid_ >= due_ && row_ != end_; paid_ -= due_)
-        for (int i = 0; i < at_once_ && row_ != end_; ++i) {
-          __builtin_prefetch(reinterpret_cast<const char*>(*row_) + at_, 0, kIntoL2);
-          at_ += kLine;
-          if (at_ < row_bytes_) continue;
-          at_ = 0;
-          ++row_;
+      for (paid_ += asks_ * turns; paid_ >= due_ && row_ != end_; paid_ -= due_) {
+        const char* const line = reinterpret_cast<const char*>(*row_) + at_;
+        __builtin_prefetch(line, 0, kIntoL2);
+        __builtin_prefetch(line + kLine, 0, kIntoL2);
+        at_ += 2 * kLine;
+        if (four_) {
+          __builtin_prefetch(line + 2 * kLine, 0, kIntoL2);
+          __builtin_prefetch(line + 3 * kLine, 0, kIntoL2);
+          at_ += 2 * kLine;
         }
+        if (at_ < row_bytes_) continue;
+        at_ = 0;
+        ++row_;
+      }
     }
 
    private:
@@ -474,10 +480,10 @@ class DecodeKernel {
     const Element* const* row_;
     const Element* const* end_;
     int row_bytes_;
-    int at_ = 0;       // byte of the row
-    int at_once_ = 4;  // lines
-    int lines_;        // in all: what a turn pays in
-    int due_;          // what asking costs
+    bool four_;    // lines at once, else two
+    int due_;      // what asking costs: the turns there are
+    int asks_;     // in all: what a turn pays in
+    int at_ = 0;   // byte of the row
     int paid_ = 0;
   };
 
