@@ -54,7 +54,7 @@ class DecodeKernel {
     Word* p;          // the words of S; S itself where they are floats
     float* o;         // [task_heads_][rows][o_columns_]
     Element* nothing;  // a row of zeros, which stands for keys and values that no row sees
-    float* of_row;      // [kKeys] bias or dropout mask of one row
+    float* of_row;     // [kKeys] bias or dropout mask of one row
     RowStatistics<Isa, kMaxRows>* statistics;  // [task_heads_]
   };
   struct Carved {
@@ -168,10 +168,14 @@ class DecodeKernel {
     const int end = std::min(
         at.k.length, static_cast<int>(std::int64_t{steps} * (split + 1) / splits_) * step_keys);
     RowLimits limits[kMaxRows];
+    Span common[kMaxRows / Isa::kLanes];  // what all rows of a block see
+    std::fill_n(common, kMaxRows / Isa::kLanes, Span{begin, end});
     Span seen{end, begin};
     for (int r = 0; r < rows; ++r) {
       const RowLimits row = row_limits(p_.band, at, p_.intervals, r % at.q.length);
       limits[r] = {std::max(row.first, begin), std::min(row.end, end)};
+      Span& all = common[r / Isa::kLanes];
+      all = {std::max(all.begin, limits[r].first), std::min(all.end, limits[r].end)};
       if (limits[r].first >= limits[r].end) continue;
       seen = {std::min(seen.begin, limits[r].first), std::max(seen.end, limits[r].end)};
     }
@@ -198,7 +202,7 @@ class DecodeKernel {
         const bool last = head + 1 == head_end;
         find_rows(turns[now ^ 1], w.nothing, at, last ? head0 : head + 1, seen,
                   last ? key0 + step_keys : key0, step_keys);
-        step(of_head(w, at, head, head - head0, split), at, head, rows, limits, turns[now],
+        step(of_head(w, at, head, head - head0, split), at, head, rows, limits, common, turns[now],
              turns[now ^ 1], key0);
       }
     for (std::int64_t head = head0; head < head_end; ++head)
@@ -282,7 +286,8 @@ class DecodeKernel {
   }
 
   void step(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
-            const RowLimits* limits, const Block& block, const Block& next, int key0) const {
+            const RowLimits* limits, const Span* common, const Block& block, const Block& next,
+            int key0) const {
     RowStatistics<Isa, kMaxRows>& statistics = *w.statistics;
     const int keys = block.live.end - block.live.begin;
     const int blocks = blocks_of(rows);
@@ -293,15 +298,15 @@ class DecodeKernel {
     } else {
       LinesAhead keys_ahead(
           next.k, next.live, p_.q.head_dim(),
-          keys / kWide *
-              (blocks * q_depth_ / kChains + others * ceil_div(q_words_, kTurn * Isa::kLanes)));
+          keys * (blocks * q_depth_ / kChains + others * ceil_div(q_words_, kTurn * Isa::kLanes)));
       if (blocks > 0) score_blocks(w, block, blocks, keys_ahead);
       for_groups(in_blocks, rows, [&](auto count, int r) {
         score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
       });
     }
     for (int r = 0; r < in_blocks; r += Isa::kLanes)
-      softmax_block(w, block, at, head, r, std::min(rows - r, Isa::kLanes), limits + r, key0);
+      softmax_block(w, block, at, head, r, std::min(rows - r, Isa::kLanes), limits + r,
+                    common[r / Isa::kLanes], key0);
     softmax_others(w, block, at, head, in_blocks, rows, limits, key0);
     if constexpr (kTiles) {
       value_tiles(w, block, next, rows, statistics.rescaled);
@@ -322,8 +327,8 @@ class DecodeKernel {
                        at, head_of(at, head, r), r % at.q.length, key0);
     for (int r = first; r < rows; r += Isa::kLanes)
       softmax_rows<Operand>(w.s + r * kKeys, kKeys, r, std::min(rows - r, Isa::kLanes), columns,
-                            transform_.factor(), *w.statistics,
-                            dropped ? nullptr : w.p + r * kLdp, kLdp);
+                            transform_.factor(), *w.statistics, dropped ? nullptr : w.p + r * kLdp,
+                            kLdp);
     if (!dropped) return;
     for (int r = first; r < rows; ++r) {
       dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length,
@@ -335,7 +340,7 @@ class DecodeKernel {
 
   // The same for the block of `rows` rows from `first` on, with a lane for each.
   void softmax_block(const Scratch& w, const Block& block, const SequenceSlice& at,
-                     std::int64_t head, int first, int rows, const RowLimits* limits,
+                     std::int64_t head, int first, int rows, const RowLimits* limits, Span common,
                      int key0) const {
     float* const s = w.s_blocks + first * kKeys;
     const Span keys = block.live;
@@ -355,13 +360,13 @@ class DecodeKernel {
             for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] += w.of_row[i];
           });
     }
-    hide(s, keys, at, rows, limits, key0);
+    hide(s, keys, at, rows, limits, common, key0);
     softmax_lanes<Operand>(s, keys, first, transform_.factor(), *w.statistics, dropped);
     if (dropped) {
       for (int lane = 0; lane < rows; ++lane)
         for_row(lane, [&](std::int64_t q_head, int row) {
-          dropout_mask(p_.dropout, at.entry, q_head, row, key0 + keys.begin,
-                       keys.end - keys.begin, w.of_row + keys.begin);
+          dropout_mask(p_.dropout, at.entry, q_head, row, key0 + keys.begin, keys.end - keys.begin,
+                       w.of_row + keys.begin);
           for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] *= w.of_row[i];
         });
       if constexpr (C::kPairs)
@@ -369,35 +374,35 @@ class DecodeKernel {
           Isa::store_zipped(reinterpret_cast<Word*>(s) + i / 2 * Isa::kLanes,
                             Isa::load(s + i * Isa::kLanes), Isa::load(s + (i + 1) * Isa::kLanes));
     }
-    if constexpr (kTiles) transpose_words(reinterpret_cast<const Word*>(s), keys, rows, w.p + first * kLdp);
+    if constexpr (kTiles)
+      transpose_words(reinterpret_cast<const Word*>(s), keys, rows, w.p + first * kLdp);
   }
 
   // s[key][lane] = -inf where the row does not see the key.
   void hide(float* s, Span keys, const SequenceSlice& at, int rows, const RowLimits* limits,
-            int key0) const {
-    using Ints [[gnu::vector_size(sizeof(Vec))]] = int;
-    int first[Isa::kLanes], end[Isa::kLanes];
-    Span all = keys, some{keys.end, keys.begin};  // what all rows see, and what one does
-    for (int lane = 0; lane < Isa::kLanes; ++lane) {
-      const Span live = live_columns(limits[std::min(lane, rows - 1)], key0, keys);
-      first[lane] = live.begin;
-      end[lane] = live.end;
-      all = {std::max(all.begin, live.begin), std::min(all.end, live.end)};
-      some = {std::min(some.begin, live.begin), std::max(some.end, live.end)};
-    }
-    Ints firsts, ends;
-    std::memcpy(&firsts, first, sizeof firsts);
-    std::memcpy(&ends, end, sizeof ends);
+            Span common, int key0) const {
     const Vec hidden = Isa::broadcast(-kInfinity);
-    for (int i = keys.begin; i < keys.end; ++i) {
-      if (i == all.begin) i = std::max(i, all.end);
-      if (i == keys.end) break;
-      const Ints key = Ints{} + i;
-      const Ints sees = (firsts <= key) & (key < ends);
-      Isa::store(s + i * Isa::kLanes, sees ? Isa::load(s + i * Isa::kLanes) : hidden);
+    const Span all{std::max(common.begin - key0, keys.begin),
+                   std::min(common.end - key0, keys.end)};
+    if (all.begin > keys.begin || all.end < keys.end) {
+      using Ints [[gnu::vector_size(sizeof(Vec))]] = int;
+      int firsts[Isa::kLanes], ends[Isa::kLanes];
+      for (int lane = 0; lane < Isa::kLanes; ++lane) {
+        firsts[lane] = limits[std::min(lane, rows - 1)].first - key0;
+        ends[lane] = limits[std::min(lane, rows - 1)].end - key0;
+      }
+      Ints first, end;
+      std::memcpy(&first, firsts, sizeof first);
+      std::memcpy(&end, ends, sizeof end);
+      for (int i = keys.begin; i < keys.end; ++i) {
+        if (all.begin <= i && i < all.end) continue;
+        const Ints sees = (first <= Ints{} + i) & (Ints{} + i < end);
+        Isa::store(s + i * Isa::kLanes, sees ? Isa::load(s + i * Isa::kLanes) : hidden);
+      }
     }
-    if (!all_keys_valid(p_.intervals, at, key0 + some.begin, key0 + some.end))
-      for (int i = some.begin; i < some.end; ++i)
+    const int last = std::min(keys.end, at.k.length - key0);
+    if (!all_keys_valid(p_.intervals, at, key0 + keys.begin, key0 + last))
+      for (int i = keys.begin; i < last; ++i)
         if (!key_valid(p_.intervals, at, key0 + i)) Isa::store(s + i * Isa::kLanes, hidden);
   }
 
@@ -480,10 +485,10 @@ class DecodeKernel {
     const Element* const* row_;
     const Element* const* end_;
     int row_bytes_;
-    bool four_;    // lines at once, else two
-    int due_;      // what asking costs: the turns there are
-    int asks_;     // in all: what a turn pays in
-    int at_ = 0;   // byte of the row
+    bool four_;   // lines at once, else two
+    int due_;     // what asking costs: the turns there are
+    int asks_;    // in all: what a turn pays in
+    int at_ = 0;  // byte of the row
     int paid_ = 0;
   };
 
@@ -647,43 +652,58 @@ class DecodeKernel {
   template <int kBlocks>
   void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& keys_ahead,
                    float* out) const {
-    constexpr int kParts = kChains / kBlocks;  // of one sum
     LinesAhead ahead = keys_ahead;
-    const std::int64_t panel = std::int64_t{q_depth_} * Isa::kLanes;
-    for (int i = live.begin; i < live.end; i += kWide) {
-      Vec acc[kParts][kBlocks][kWide] = {};
-      const auto add = [&](int at, int part) __attribute__((always_inline)) {
-        typename Operand::Wide y[kBlocks];
-#pragma GCC unroll 8
-        for (int b = 0; b < kBlocks; ++b) y[b] = Operand::load(q + b * panel + at * Isa::kLanes);
-#pragma GCC unroll 8
-        for (int j = 0; j < kWide; ++j) {
-          Word word;
-          std::memcpy(&word, static_cast<const std::byte*>(keys[i + j]) + at * sizeof(Word),
-                      sizeof(Word));
-#pragma GCC unroll 8
-          for (int b = 0; b < kBlocks; ++b)
-            acc[part][b][j] = Operand::mac(acc[part][b][j], word, y[b]);
-        }
-      };
-      int at = 0;
-      for (; at + kParts <= q_depth_; at += kParts) {
-        ahead.ask();
-#pragma GCC unroll 8
-        for (int part = 0; part < kParts; ++part) add(at + part, part);
+    int i = live.begin;
+    // Four blocks of queries do not stay in L1 beside the keys: the more keys share them the
+    // better.
+    if constexpr (kBlocks == 4)
+      for (; i + 2 * kManyKeys <= live.end; i += 2 * kManyKeys) {
+        score_keys<kBlocks, kManyKeys>(q, keys + i, ahead, out + i * Isa::kLanes);
+        score_keys<kBlocks, kManyKeys>(q, keys + i + kManyKeys, ahead,
+                                       out + (i + kManyKeys) * Isa::kLanes);
       }
-      for (; at < q_depth_; ++at) add(at, 0);
-#pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 8
-        for (int j = 0; j < kWide; ++j) {
-          Vec sum = acc[0][b][j];
-#pragma GCC unroll 8
-          for (int part = 1; part < kParts; ++part) sum = sum + acc[part][b][j];
-          Isa::store(out + (b * kKeys + i + j) * Isa::kLanes, sum);
-        }
-    }
+    for (; i < live.end; i += kWide)
+      score_keys<kBlocks, kWide>(q, keys + i, ahead, out + i * Isa::kLanes);
     keys_ahead = ahead;
+  }
+
+  // The same for the first kCount keys.
+  template <int kBlocks, int kCount>
+  [[gnu::always_inline]] void score_keys(const Word* q, const void* const* keys, LinesAhead& ahead,
+                                         float* out) const {
+    constexpr int kParts = kChains / kBlocks;  // of one sum
+    const std::int64_t panel = std::int64_t{q_depth_} * Isa::kLanes;
+    Vec acc[kParts][kBlocks][kCount] = {};
+    const auto add = [&](int at, int part) __attribute__((always_inline)) {
+      typename Operand::Wide y[kBlocks];
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlocks; ++b) y[b] = Operand::load(q + b * panel + at * Isa::kLanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) {
+        Word word;
+        std::memcpy(&word, static_cast<const std::byte*>(keys[j]) + at * sizeof(Word),
+                    sizeof(Word));
+#pragma GCC unroll 8
+        for (int b = 0; b < kBlocks; ++b)
+          acc[part][b][j] = Operand::mac(acc[part][b][j], word, y[b]);
+      }
+    };
+    int at = 0;
+    for (; at + kParts <= q_depth_; at += kParts) {
+      ahead.ask(kCount);
+#pragma GCC unroll 8
+      for (int part = 0; part < kParts; ++part) add(at + part, part);
+    }
+    for (; at < q_depth_; ++at) add(at, 0);
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) {
+        Vec sum = acc[0][b][j];
+#pragma GCC unroll 8
+        for (int part = 1; part < kParts; ++part) sum = sum + acc[part][b][j];
+        Isa::store(out + (b * kKeys + j) * Isa::kLanes, sum);
+      }
   }
 
   // s[r][i] = q[r] · k[i], vectors of depth at a time. Asks for the next step's keys meanwhile.
@@ -711,13 +731,13 @@ class DecodeKernel {
       constexpr int kTurnWords = kTurn * Isa::kLanes;
       int word = 0;
       for (; (word + kTurnWords) * Operand::kDepth <= columns; word += kTurnWords) {
-        ahead.ask();
+        ahead.ask(kWide);
 #pragma GCC unroll 2
         for (int part = 0; part < kTurnWords; part += Isa::kLanes)
           add(word + part, std::true_type());
       }
       for (; word < q_words_; word += Isa::kLanes) {
-        ahead.ask();
+        ahead.ask(kWide);
         if ((word + Isa::kLanes) * Operand::kDepth <= columns) {
           add(word, std::true_type());
         } else {
@@ -849,6 +869,7 @@ class DecodeKernel {
       C::kPairs || std::is_same_v<Element, float>;  // nothing is widened
   static constexpr int kChains =
       4;  // of sums for each key: with kWide keys, enough for the latency
+  static constexpr int kManyKeys = 6;
   static constexpr std::int64_t kTasks = 32;           // enough for any CPU to balance
   static constexpr std::int64_t kLeastWork = 1 << 16;  // multiplications worth a task of their own
 

@@ -206,8 +206,7 @@ void take_maxima(const float* s, int lds, int first, int rows, Span columns, flo
 // Takes the sums of the exponentials of kLanes rows from `first` on.
 template <class Isa, int kRows>
 void take_sum(typename Isa::Vec sum, int first, RowStatistics<Isa, kRows>& all) {
-  Isa::store(all.sum + first,
-             Isa::load(all.sum + first) * Isa::load(all.rescaled + first) + sum);
+  Isa::store(all.sum + first, Isa::load(all.sum + first) * Isa::load(all.rescaled + first) + sum);
 }
 
 // Takes what the lanes of up to kGroup rows from `first` on add up to into their sums.

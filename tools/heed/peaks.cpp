@@ -172,6 +172,9 @@ double gflops(Loop loop, int workers) {
   return total / seconds * 1e-9;
 }
 
+// Asks for memory kAhead words before they are read: without it some CPUs read a quarter less, and
+// kernels that ask would seem to be faster than memory.
+template <std::size_t kAhead>
 double read_gbs(int workers) {
   constexpr std::size_t kWords = std::size_t{256} << 17;  // 256 MiB of 8 bytes
   const std::vector<std::uint64_t> memory(kWords, 1);
@@ -180,8 +183,10 @@ double read_gbs(int workers) {
   const double seconds = best_seconds(workers, [&](int worker) {
     const auto w = static_cast<std::size_t>(worker);
     std::uint64_t sums[8] = {};
-    for (std::size_t i = kWords * w / count / 8 * 8; i + 8 <= kWords * (w + 1) / count; i += 8)
+    for (std::size_t i = kWords * w / count / 8 * 8; i + 8 <= kWords * (w + 1) / count; i += 8) {
+      if constexpr (kAhead > 0) __builtin_prefetch(&memory[std::min(i + kAhead, kWords - 1)], 0, 2);
       for (std::size_t lane = 0; lane < 8; ++lane) sums[lane] += memory[i + lane];
+    }
     for (const std::uint64_t sum : sums) sinks[w * 8] += sum;
   });
   return static_cast<double>(kWords) * 8 / seconds * 1e-9;
@@ -193,7 +198,7 @@ Peaks measure_peaks(Arch arch) {
   const int workers = Executor::pool().concurrency();
   return {.fma_gflops = gflops(fma_loop(arch), workers),
           .bf16_gflops = gflops(bf16_loop(arch), workers),
-          .read_gbs = read_gbs(workers)};
+          .read_gbs = std::max(read_gbs<0>(workers), read_gbs<512>(workers))};
 }
 
 }  // namespace heed::tool
