@@ -1,7 +1,8 @@
 """Times heed beside torch's scaled_dot_product_attention on this CPU, in turns in one process, and
 sets it beside what the machine can do at most, measured before and after each case.
 
---save keeps one set of results per CPU in benchmarks/results/cpu.json: parts may be run one by one.
+--save keeps a set of results per CPU and number of threads in benchmarks/results/cpu.json: parts
+may be run one by one.
 """
 
 from __future__ import annotations
@@ -99,9 +100,14 @@ def host(tool: Tool) -> dict[str, float]:
 
 
 def save(path: Path, result: dict) -> None:
-    """Replaces what the file has of the same CPU, cell by cell where the commit is the same."""
+    """Replaces what the file has of as many threads of the same CPU, cell by cell where the commit
+    is the same."""
     data = json.loads(path.read_text()) if path.exists() else {"machines": []}
-    same = [m for m in data["machines"] if m["machine"]["cpu"] == result["machine"]["cpu"]]
+    same = [
+        m
+        for m in data["machines"]
+        if all(m["machine"][key] == result["machine"][key] for key in ("cpu", "threads"))
+    ]
     if same and same[0]["machine"]["commit"] == result["machine"]["commit"]:
         result["host"] = result["host"] or same[0]["host"]
         before, now = same[0]["machine"]["command"], result["machine"]["command"]

@@ -48,8 +48,8 @@ concept HasTiles = requires {
   typename Isa::Tiles;
 };
 // Tiles are padded with zeros and have to be set up: from how many query rows and scores of a key
-// head on they are faster than AVX-512's vectors (Xeon of family 6 model 167).
-inline constexpr int kLeastTileRows = 3, kLeastTileScores = 144, kLeastTileScoresBackward = 1024;
+// head on they are faster than AVX-512's vectors (Xeons of family 6 models 167 and 207).
+inline constexpr int kLeastTileRows = 5, kLeastTileScores = 144, kLeastTileScoresBackward = 1024;
 template <class Operand>
 concept ByTiles = std::is_same_v<Operand, TileOperand<typename Operand::Isa>>;
 
