@@ -47,7 +47,7 @@ class DecodeKernel {
   struct Scratch {
     Word* q;          // [task_heads_][rows][q_words_], padded to whole vectors
     Word* q_blocks;   // [task_heads_][blocks_][q_depth_][kLanes]: rows whose scores are a lane each
-    Word* k;          // [kKeys][q_words_], where keys do not stand in memory as words
+    Word* k;          // [kWordKeys or kKeyGroup][q_words_]: keys that are not words in memory
     float* s_blocks;  // [blocks_][kKeys][kLanes], then their P: [blocks_][a word of keys][kLanes]
     Word* v;          // by tiles, [o_columns_ / kPanel][kKeys / 2][kPanel]: pairs of keys
     float* s;         // [rows][kKeys]
@@ -109,7 +109,7 @@ class DecodeKernel {
     Scratch s;
     s.q = layout.add<Word>(std::int64_t{task_heads_} * rows_ * q_words_);
     s.q_blocks = layout.add<Word>(std::int64_t{task_heads_} * block_words() + Isa::kLanes);
-    s.k = layout.add<Word>(blocks_ == 0 ? 0 : kKeys * q_words_);
+    s.k = layout.add<Word>(blocks_ == 0 ? 0 : std::max(kWordKeys, kKeyGroup) * q_words_);
     s.v = layout.add<Word>(kTiles ? kKeys / 2 * std::int64_t{o_columns_} : 0);
     s.s = layout.add<float>(std::int64_t{rows_} * kKeys);
     s.s_blocks = layout.add<float>(std::int64_t{blocks_} * kKeys * Isa::kLanes);
@@ -513,10 +513,10 @@ class DecodeKernel {
   // How many blocks of kLanes rows have their scores computed a lane each. It was measured with
   // AVX-512 for 16 rows, or what is left of them at the end; AVX2 has too few registers to gain.
   HEED_BASELINE static int blocks_of(int rows) {
-    constexpr int kGroup = 16, kFewest = 10;
+    constexpr int kGroup = 16, kFewest = kSameWords ? 10 : 13;
     if (kTiles) return ceil_div(rows, kGroup);
+    if (kWide < 4) return 0;
     const int groups = (rows + kGroup - kFewest) / kGroup;
-    if (kWide < 4 || groups < (kSameWords ? 1 : 2)) return 0;
     return ceil_div(std::min(rows, groups * kGroup), Isa::kLanes);
   }
   // Rows of P and O in a tile: all blocks have as many, so that there may be rows too many at the
@@ -528,28 +528,34 @@ class DecodeKernel {
     return std::int64_t{blocks_} * q_depth_ * Isa::kLanes;
   }
 
-  // s[r][i] = q[r] · k[i] for the rows of blocks.
+  // s[r][i] = q[r] · k[i] for the rows of blocks. Keys that are not words in memory become words a
+  // few at a time, so that all rows find them in L1.
   void score_blocks(const Scratch& w, const Block& block, int blocks, LinesAhead& ahead) const {
-    const void* keys[kKeys];
     const bool in_place = kSameWords && p_.q.head_dim() % Operand::kDepth == 0;
-    for (int i = block.live.begin; i < block.live.end; ++i) {
-      keys[i] = block.k[i];
-      if (in_place) continue;
-      load_words_of(block.k[i], w.k + i * q_words_);
-      keys[i] = w.k + i * q_words_;
-    }
-    for (int b = 0; b < blocks;) {
-      const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * Isa::kLanes;
-      float* out = w.s_blocks + b * kKeys * Isa::kLanes;
-      if (blocks - b >= 4) {
-        score_lanes<4>(q, keys, block.live, ahead, out);
-        b += 4;
-      } else if (blocks - b >= 2) {
-        score_lanes<2>(q, keys, block.live, ahead, out);
-        b += 2;
-      } else {
-        score_lanes<1>(q, keys, block.live, ahead, out);
-        b += 1;
+    const int at_once = in_place ? kKeys : kWordKeys;
+    for (int first = block.live.begin; first < block.live.end; first += at_once) {
+      const Span some{first, std::min(first + at_once, block.live.end)};
+      const void* keys[kKeys];
+      for (int i = some.begin; i < some.end; ++i) {
+        keys[i] = block.k[i];
+        if (in_place) continue;
+        Word* const words = w.k + (i - first) * q_words_;
+        load_words_of(block.k[i], words);
+        keys[i] = words;
+      }
+      for (int b = 0; b < blocks;) {
+        const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * Isa::kLanes;
+        float* out = w.s_blocks + b * kKeys * Isa::kLanes;
+        if (blocks - b >= 4) {
+          score_lanes<4>(q, keys, some, ahead, out);
+          b += 4;
+        } else if (blocks - b >= 2) {
+          score_lanes<2>(q, keys, some, ahead, out);
+          b += 2;
+        } else {
+          score_lanes<1>(q, keys, some, ahead, out);
+          b += 1;
+        }
       }
     }
   }
@@ -870,6 +876,7 @@ class DecodeKernel {
   static constexpr int kChains =
       4;  // of sums for each key: with kWide keys, enough for the latency
   static constexpr int kManyKeys = 6;
+  static constexpr int kWordKeys = 2 * kManyKeys;
   static constexpr std::int64_t kTasks = 32;           // enough for any CPU to balance
   static constexpr std::int64_t kLeastWork = 1 << 16;  // multiplications worth a task of their own
 
