@@ -297,7 +297,7 @@ class DecodeKernel {
       score_tiles(w, block, next, blocks);
     } else {
       LinesAhead keys_ahead(
-          next.k, next.live, p_.q.head_dim(),
+          next.k, next.live, p_.q.head_dim(),  // a turn for each key and kChains words or a vector
           keys * (blocks * q_depth_ / kChains + others * ceil_div(q_words_, kTurn * Isa::kLanes)));
       if (blocks > 0) score_blocks(w, block, blocks, keys_ahead);
       for_groups(in_blocks, rows, [&](auto count, int r) {
@@ -510,8 +510,8 @@ class DecodeKernel {
     body(std::integral_constant<int, kMost>());
   }
 
-  // How many blocks of kLanes rows have their scores computed a lane each. It was measured with
-  // AVX-512 for 16 rows, or what is left of them at the end; AVX2 has too few registers to gain.
+  // How many blocks of kLanes rows have their scores computed a lane each: groups of 16 rows, and
+  // what is left at the end where it is as many as pay with AVX-512. AVX2 has too few registers.
   HEED_BASELINE static int blocks_of(int rows) {
     constexpr int kGroup = 16, kFewest = kSameWords ? 10 : 13;
     if (kTiles) return ceil_div(rows, kGroup);
