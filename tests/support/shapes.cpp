@@ -313,6 +313,28 @@ std::vector<Shape> make_decode() {
   });
   add("decode_dropout", [](Shape& s) { s.dropout = 0.2f; });
   add("decode_intervals", [](Shape& s) { s.intervals = true; });
+  // Enough rows for a lane of a vector each.
+  add("decode_24_rows_bits", [](Shape& s) {
+    s.seqlens_q = {6, 4};
+    s.layout_k = Layout::padded;
+    s.key_bits = true;
+    s.band = kCausal;
+  });
+  add("decode_24_rows_paged_intervals", [](Shape& s) {
+    s.seqlens_q = {6, 5};
+    s.layout_k = Layout::paged;
+    s.intervals = true;
+  });
+  add("decode_16_rows_bias_dropout", [](Shape& s) {
+    s.seqlens_q = {4, 3};
+    s.bias = BiasKind::tensor;
+    s.dropout = 0.2f;
+  });
+  add("decode_64_rows_softcap_window", [](Shape& s) {
+    s.seqlens_q = {16, 13};
+    s.softcap = 5.f;
+    s.band = sliding_window(300);
+  });
   add("decode_empty_and_short", [](Shape& s) { s.seqlens_k = {0, 3}; });
   add("decode_strided", [](Shape& s) { s.strided = true; });
   for (const Inputs inputs : {Inputs::peaky, Inputs::planted_max, Inputs::lse_low, Inputs::outlier,
