@@ -186,14 +186,14 @@ class DecodeKernel {
     find_rows(turns[now], w.nothing, at, head0, seen, first, step_keys);
     LinesAhead(turns[now].k, turns[now].live, p_.q.head_dim(), /*turns=*/1).ask();
     LinesAhead(turns[now].v, turns[now].live, p_.v.head_dim(), /*turns=*/1).ask();
-    const int blocks = blocks_of(rows);
+    const int in_blocks = rows_in_blocks(rows);
     for (std::int64_t head = head0; head < head_end; ++head) {
       const Scratch own = of_head(w, at, head, head - head0, split);
-      for (int r = blocks * Isa::kLanes; r < rows; ++r)
+      for (int r = in_blocks; r < rows; ++r)
         load_words_of(query(limits[r], at, head, r), own.q + r * q_words_);
       pack_transposed<Operand, Isa::kLanes>([&](int r) { return query(limits[r], at, head, r); },
-                                            std::min(rows, blocks * Isa::kLanes),
-                                            static_cast<int>(p_.q.head_dim()), own.q_blocks);
+                                            in_blocks, static_cast<int>(p_.q.head_dim()),
+                                            own.q_blocks);
       std::fill_n(own.o, std::int64_t{rows} * o_columns_, 0.f);
       *own.statistics = {};
     }
@@ -291,7 +291,7 @@ class DecodeKernel {
     RowStatistics<Isa, kMaxRows>& statistics = *w.statistics;
     const int keys = block.live.end - block.live.begin;
     const int blocks = blocks_of(rows);
-    const int in_blocks = std::min(blocks * Isa::kLanes, rows);
+    const int in_blocks = rows_in_blocks(rows);
     const int others = ceil_div(rows - in_blocks, kTogether);  // groups of rows
     if constexpr (kTiles) {
       score_tiles(w, block, next, blocks);
@@ -345,30 +345,26 @@ class DecodeKernel {
     float* const s = w.s_blocks + first * kKeys;
     const Span keys = block.live;
     const bool dropped = p_.dropout.probability > 0.f;
-    const auto for_row = [&](int lane, const auto& body) {
-      const int r = first + lane;
-      std::fill(w.of_row + keys.begin, w.of_row + keys.end, 0.f);
-      body(head_of(at, head, r), r % at.q.length);
-    };
     if (!transform_.plain) {
       transform_.scale_and_cap(s, nullptr, {keys.begin * Isa::kLanes, keys.end * Isa::kLanes});
       if (p_.bias)
-        for (int lane = 0; lane < rows; ++lane)
-          for_row(lane, [&](std::int64_t q_head, int row) {
-            transform_.add_bias(w.of_row, live_columns(limits[lane], key0, keys), at, q_head, row,
-                                key0);
-            for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] += w.of_row[i];
-          });
+        for (int lane = 0; lane < rows; ++lane) {
+          const int r = first + lane;
+          std::fill(w.of_row + keys.begin, w.of_row + keys.end, 0.f);
+          transform_.add_bias(w.of_row, live_columns(limits[lane], key0, keys), at,
+                              head_of(at, head, r), r % at.q.length, key0);
+          for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] += w.of_row[i];
+        }
     }
     hide(s, keys, at, rows, limits, common, key0);
     softmax_lanes<Operand>(s, keys, first, transform_.factor(), *w.statistics, dropped);
     if (dropped) {
-      for (int lane = 0; lane < rows; ++lane)
-        for_row(lane, [&](std::int64_t q_head, int row) {
-          dropout_mask(p_.dropout, at.entry, q_head, row, key0 + keys.begin, keys.end - keys.begin,
-                       w.of_row + keys.begin);
-          for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] *= w.of_row[i];
-        });
+      for (int lane = 0; lane < rows; ++lane) {
+        const int r = first + lane;
+        dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length, key0 + keys.begin,
+                     keys.end - keys.begin, w.of_row + keys.begin);
+        for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] *= w.of_row[i];
+      }
       if constexpr (C::kPairs)
         for (int i = keys.begin; i < keys.end; i += 2)
           Isa::store_zipped(reinterpret_cast<Word*>(s) + i / 2 * Isa::kLanes,
@@ -410,7 +406,7 @@ class DecodeKernel {
   void value_groups(const Scratch& w, const Block& block, const Block& next, int rows,
                     const float* rescaled) const {
     const int keys = block.live.end - block.live.begin;
-    const int in_blocks = std::min(blocks_of(rows) * Isa::kLanes, rows);
+    const int in_blocks = rows_in_blocks(rows);
     // Where the type has to be widened, twice the rows make use of half the vectors.
     constexpr bool kPaired = kWide == 4 && !std::is_same_v<Element, float>;
     const int paired = kPaired ? rows / 8 * 8 : 0;
@@ -519,6 +515,7 @@ class DecodeKernel {
     const int groups = (rows + kGroup - kFewest) / kGroup;
     return ceil_div(std::min(rows, groups * kGroup), Isa::kLanes);
   }
+  static int rows_in_blocks(int rows) { return std::min(blocks_of(rows) * Isa::kLanes, rows); }
   // Rows of P and O in a tile: all blocks have as many, so that there may be rows too many at the
   // end.
   HEED_BASELINE static int block_rows(int rows) {
