@@ -83,7 +83,8 @@ class BackwardKernel {
 
     rows_ = p_.q.batch() * p_.q.heads() * p_.q.seqlen();
     delta_ = layout.add<float>(rows_);
-    sink_terms_ = layout.add<double>(b_.dsink != nullptr ? entries * p_.q.heads() : 0);
+    tiles_ = ceil_div(static_cast<int>(max_seqlen_q(p_)), kTile);
+    sink_terms_ = layout.add<double>(b_.dsink != nullptr ? entries * p_.q.heads() * tiles_ : 0);
     shares_ = layout.add<Share>(share_count(p_, cut_));
     if (partial_) partial_dq_ = layout.add<float>(cut_.chunks * rows_ * qk_columns_);
     scratch_bytes_ = carve(WorkspaceLayout()).bytes;
@@ -128,67 +129,69 @@ class BackwardKernel {
 
   void run(Executor& executor) {
     const std::int64_t entries = batch_entries(p_);
-    if (has_gaps(p_)) {
-      clear_gaps(executor, b_.dq, &SequenceSlice::q);
-      clear_gaps(executor, b_.dk, &SequenceSlice::k);
-      clear_gaps(executor, b_.dv, &SequenceSlice::k);
-    }
-    if (b_.dbias) clear_bias(executor);
-    parallel_for(executor, workers_, entries * p_.q.heads(),
-                 [&](std::int64_t task, int) { delta_rows(task); });
-    if (b_.dsink != nullptr) {
-      for (std::int64_t head = 0; head < p_.q.heads(); ++head) {
-        double sum = 0;
-        for (std::int64_t entry = 0; entry < entries; ++entry)
-          sum += sink_terms_[entry * p_.q.heads() + head];
-        b_.dsink[head] = static_cast<float>(sum);
-      }
-    }
     order_shares(p_, cut_, shares_);
+    const std::int64_t gaps = gap_tasks(p_);
+    const std::int64_t lines =
+        b_.dbias ? b_.dbias.shape[0] * b_.dbias.shape[1] * b_.dbias.shape[2] : 0;
+    const std::int64_t row_tiles = entries * p_.q.heads() * tiles_;
+    const Stage before{gaps + lines + row_tiles, [&](std::int64_t task, int) {
+                         if (task < gaps) return clear_gap(task);
+                         task -= gaps;
+                         if (task < lines) return clear_bias_line(task);
+                         delta_rows(task - lines);
+                       }};
     const TaskOrder order{shares_, share_count(p_, cut_), head_tasks_};
-    parallel_for(executor, workers_, order.tasks(), [&](std::int64_t task, int worker) {
-      [[maybe_unused]] const Tiles<Isa> tiles;
-      const Scratch w = scratch(worker);
-      const TaskOrder::Task now = order.at(task);
-      const std::int64_t head0 = now.head * task_heads_;
-      for (std::int64_t e = now.share.entry; e < now.share.entry + task_entries_; ++e)
-        for (std::int64_t h = head0; h < head0 + task_heads_; ++h)
-          run_chunk(w, slice_of(p_, static_cast<int>(e)), h, now.share.chunk);
-    });
-    if (partial_) {
-      const std::int64_t tiles = ceil_div(longest_query(p_), kTile);
-      parallel_for(executor, workers_, entries * p_.q.heads() * tiles,
-                   [&](std::int64_t task, int worker) { add_chunks(task, worker, tiles); });
-    }
+    const Stage chunks{order.tasks(), [&](std::int64_t task, int worker) {
+                         [[maybe_unused]] const Tiles<Isa> tiles;
+                         const Scratch w = scratch(worker);
+                         const TaskOrder::Task now = order.at(task);
+                         const std::int64_t head0 = now.head * task_heads_;
+                         for (int e = now.share.entry; e < now.share.entry + task_entries_; ++e)
+                           for (std::int64_t h = head0; h < head0 + task_heads_; ++h)
+                             run_chunk(w, slice_of(p_, e), h, now.share.chunk);
+                       }};
+    const Stage sums{partial_ ? row_tiles : 0,
+                     [&](std::int64_t task, int worker) { add_chunks(task, worker); }};
+    run_stages(executor, workers_, before, chunks, sums);
+    if (b_.dsink != nullptr) add_sink_terms();
   }
 
-  void clear_gaps(Executor& executor, const TensorView& x,
-                  SideSlice SequenceSlice::* side) const {
-    parallel_for(executor, workers_, gap_tasks(p_), [&](std::int64_t task, int) {
+  void clear_gap(std::int64_t task) const {
+    const auto clear = [&](const TensorView& x, SideSlice SequenceSlice::* side) {
       for_gaps(p_, task, side, x.seqlen(), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t t = begin; t < end; ++t) zero_token<Element>(x, t);
       });
-    });
+    };
+    clear(b_.dq, &SequenceSlice::q);
+    clear(b_.dk, &SequenceSlice::k);
+    clear(b_.dv, &SequenceSlice::k);
   }
 
-  void clear_bias(Executor& executor) const {
+  void clear_bias_line(std::int64_t line) const {
     const TensorView& x = b_.dbias;
-    parallel_for(executor, workers_, x.shape[0] * x.shape[1] * x.shape[2],
-                 [&](std::int64_t line, int) {
-                   auto* row = static_cast<float*>(x.data) +
-                               line / x.shape[2] / x.shape[1] * x.stride[0] +
-                               line / x.shape[2] % x.shape[1] * x.stride[1] +
-                               line % x.shape[2] * x.stride[2];
-                   for (std::int64_t c = 0; c < x.shape[3]; ++c) row[c * x.stride[3]] = 0.f;
-                 });
+    auto* row = static_cast<float*>(x.data) + line / x.shape[2] / x.shape[1] * x.stride[0] +
+                line / x.shape[2] % x.shape[1] * x.stride[1] + line % x.shape[2] * x.stride[2];
+    for (std::int64_t c = 0; c < x.shape[3]; ++c) row[c * x.stride[3]] = 0.f;
+  }
+
+  // Tile `task` of the query rows of all heads of all entries.
+  struct RowTile {
+    SequenceSlice at;
+    std::int64_t head;
+    int row0, end;
+  };
+  RowTile row_tile(std::int64_t task) const {
+    const std::int64_t entry = task / tiles_ / p_.q.heads();
+    const SequenceSlice at = slice_of(p_, static_cast<int>(entry));
+    const int row0 = static_cast<int>(task % tiles_) * kTile;
+    return {at, task / tiles_ % p_.q.heads(), row0, std::min(row0 + kTile, at.q.length)};
   }
 
   // delta = rowsum(dout ∘ out) - dlse, and the sink's gradient: -sum over rows of p_sink * delta.
   void delta_rows(std::int64_t task) const {
-    const SequenceSlice at = slice_of(p_, static_cast<int>(task / p_.q.heads()));
-    const std::int64_t head = task % p_.q.heads();
+    const auto [at, head, row0, end] = row_tile(task);
     double sink_sum = 0;
-    for (int r = 0; r < at.q.length; ++r) {
+    for (int r = row0; r < end; ++r) {
       const auto* out = row_of<Element>(ConstTensorView(p_.out), at.q, head, r);
       const auto* dout = row_of<Element>(b_.dout, at.q, head, r);
       const std::int64_t n = p_.v.head_dim();
@@ -205,6 +208,17 @@ class BackwardKernel {
         sink_sum -= std::exp(double{p_.sink[head]} - double{p_.lse[i]}) * double{delta};
     }
     if (b_.dsink != nullptr) sink_terms_[task] = sink_sum;
+  }
+
+  void add_sink_terms() const {
+    const std::int64_t heads = p_.q.heads();
+    for (std::int64_t head = 0; head < heads; ++head) {
+      double sum = 0;
+      for (std::int64_t entry = 0; entry < batch_entries(p_); ++entry)
+        for (std::int64_t tile = 0; tile < tiles_; ++tile)
+          sum += sink_terms_[(entry * heads + head) * tiles_ + tile];
+      b_.dsink[head] = static_cast<float>(sum);
+    }
   }
 
   void run_chunk(const Scratch& w, const SequenceSlice& at, std::int64_t head, int chunk) const {
@@ -435,12 +449,10 @@ class BackwardKernel {
       Isa::store(to + c, replace ? Isa::load(from + c) : Isa::load(to + c) + Isa::load(from + c));
   }
 
-  void add_chunks(std::int64_t task, int worker, std::int64_t tiles) const {
-    const std::int64_t head = task / tiles % p_.q.heads();
-    const SequenceSlice at = slice_of(p_, static_cast<int>(task / tiles / p_.q.heads()));
-    const int row0 = static_cast<int>(task % tiles) * kTile;
+  void add_chunks(std::int64_t task, int worker) const {
+    const auto [at, head, row0, end] = row_tile(task);
     float* sum = scratch(worker).dq;
-    for (int row = row0; row < std::min(row0 + kTile, at.q.length); ++row) {
+    for (int row = row0; row < end; ++row) {
       for (int chunk = 0; chunk < cut_.chunks; ++chunk)
         add_row(sum, partial_row(chunk, at, head, row), chunk == 0);
       store_row<Isa>(row_of<Element>(b_.dq, at.q, head, row), sum, p_.q.head_dim(),
@@ -463,6 +475,7 @@ class BackwardKernel {
   Cut cut_;
   bool partial_ = false;
   std::int64_t rows_ = 0;  // query rows of all heads
+  int tiles_ = 0;          // of query rows of an entry, at most
   float* delta_ = nullptr;
   double* sink_terms_ = nullptr;
   Share* shares_ = nullptr;

@@ -132,20 +132,23 @@ class DecodeKernel {
 
   void run(Executor& executor) {
     const std::int64_t heads = batch_entries(p_) * p_.k.heads();
-    clear_gaps<Element>(p_, executor, workers_);
-    parallel_for(executor, workers_, batch_entries(p_) * head_tasks_ * splits_,
-                 [&](std::int64_t task, int worker) {
-                   const int split = static_cast<int>(task % splits_);
-                   const std::int64_t head = task / splits_ % head_tasks_ * task_heads_;
-                   part(scratch(worker),
-                        slice_of(p_, static_cast<int>(task / splits_ / head_tasks_)), head,
-                        std::min(head + task_heads_, p_.k.heads()), split);
-                 });
-    if (splits_ > 1)
-      parallel_for(executor, workers_, heads, [&](std::int64_t task, int worker) {
-        merge_parts(scratch(worker), slice_of(p_, static_cast<int>(task / p_.k.heads())),
-                    task % p_.k.heads());
-      });
+    const std::int64_t gaps = gap_tasks(p_);
+    const Stage parts{gaps + batch_entries(p_) * head_tasks_ * splits_,
+                      [&](std::int64_t task, int worker) {
+                        if (task < gaps) return clear_gap<Element>(p_, task);
+                        task -= gaps;
+                        const int split = static_cast<int>(task % splits_);
+                        const std::int64_t head = task / splits_ % head_tasks_ * task_heads_;
+                        part(scratch(worker),
+                             slice_of(p_, static_cast<int>(task / splits_ / head_tasks_)), head,
+                             std::min(head + task_heads_, p_.k.heads()), split);
+                      }};
+    const Stage merges{splits_ > 1 ? heads : 0, [&](std::int64_t task, int worker) {
+                         merge_parts(scratch(worker),
+                                     slice_of(p_, static_cast<int>(task / p_.k.heads())),
+                                     task % p_.k.heads());
+                       }};
+    run_stages(executor, workers_, parts, merges);
   }
 
   // Row r of a key head is query row r % seqlen_q of head r / seqlen_q of its group.

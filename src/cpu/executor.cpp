@@ -150,7 +150,26 @@ class Pool final : public Executor {
 
 thread_local bool Pool::inside_ = false;
 
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 }  // namespace
+
+void cpu::wait_for(const std::atomic<std::int64_t>& done, std::int64_t tasks) {
+  constexpr int kPauses = 4096;  // some 100 us; then whoever was to finish may want this core
+  for (int i = 0; done.load(std::memory_order_acquire) < tasks; ++i) {
+    if (i < kPauses) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
 
 Executor& Executor::pool() {
   // Never destroyed, because the caller's threads may compute until the last moment.

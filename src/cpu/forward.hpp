@@ -79,20 +79,17 @@ void add_rows(RowsAhead& ahead, const View& x, const SideSlice& at, std::int64_t
   ahead.add(row_of<Element>(x, at, head, begin), x.seqlen_stride(), rows, x.head_dim());
 }
 
-// Out and lse of tokens that belong to no entry, as rows without keys have them.
+// Out and lse of tokens that belong to no entry, as rows without keys have them; one of gap_tasks.
 template <class Element>
-void clear_gaps(const ForwardProblem& p, Executor& executor, int workers) {
-  if (!has_gaps(p)) return;
+void clear_gap(const ForwardProblem& p, std::int64_t task) {
   const std::int64_t seqlen = p.q.seqlen();
-  parallel_for(executor, workers, gap_tasks(p), [&](std::int64_t task, int) {
-    for_gaps(p, task, &SequenceSlice::q, seqlen, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t token = begin; token < end; ++token) {
-        zero_token<Element>(p.out, token);
-        if (p.lse == nullptr) continue;
-        for (std::int64_t head = 0; head < p.q.heads(); ++head)
-          p.lse[(token / seqlen * p.q.heads() + head) * seqlen + token % seqlen] = -kInfinity;
-      }
-    });
+  for_gaps(p, task, &SequenceSlice::q, seqlen, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t token = begin; token < end; ++token) {
+      zero_token<Element>(p.out, token);
+      if (p.lse == nullptr) continue;
+      for (std::int64_t head = 0; head < p.q.heads(); ++head)
+        p.lse[(token / seqlen * p.q.heads() + head) * seqlen + token % seqlen] = -kInfinity;
+    }
   });
 }
 
@@ -125,12 +122,13 @@ class ForwardKernel {
   static constexpr int kTileM = kTiles ? 192 : 96;
   static constexpr int kTileN = kTiles ? 256 : 192;
   static constexpr int kChunk = kTiles ? 64 : kTileN;  // keys whose scores are computed at a time
+  static constexpr int kPackedKeys = 256;  // of one task that packs
   static constexpr int kGroups = kTileM / C::kMicroRows;
   static constexpr int kRowsOfS = kTiles ? C::kMicroRows : kTileM;  // and of P
   static constexpr int kLds = kChunk + 16;  // floats per row of S: an odd number of lines
   static constexpr int kLdp =
       (kTileN + 16 * C::Operand::kDepth) / C::Operand::kDepth;  // words per row of P
-  static_assert(kTileM % C::kMicroRows == 0 && kTileN % C::kPanel == 0);
+  static_assert(kTileM % C::kMicroRows == 0 && kTileN % C::kPanel == 0 && kPackedKeys % C::kPanel == 0);
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
     return ForwardKernel(plan, p, WorkspaceLayout()).bytes_;
@@ -211,54 +209,78 @@ class ForwardKernel {
     return head * keys + at.k.token / C::kPanel * C::kPanel + std::int64_t{at.entry} * C::kPanel;
   }
 
-  void pack(const SequenceSlice& at, std::int64_t head, Word* k, Word* v) const {
-    const int padded = padded_columns<C>(at.k.length);
+  // Keys of an entry, of one head, into its panels; `keys` begin with a panel.
+  void pack(const SequenceSlice& at, std::int64_t head, Span keys, Word* k, Word* v) const {
+    const int count = keys.end - keys.begin;
+    const std::int64_t first = keys.begin;
     pack_transposed<typename C::Operand, C::kPanel>(
-        [&](int key) { return key_row<Element>(p_, p_.k, at, head, key); }, at.k.length,
-        static_cast<int>(p_.q.head_dim()), k);
+        [&](int i) { return key_row<Element>(p_, p_.k, at, head, keys.begin + i); }, count,
+        static_cast<int>(p_.q.head_dim()), k + first * k_words_);
     pack_natural<typename C::Operand>(
-        [&](int key) { return key_row<Element>(p_, p_.v, at, head, key); }, at.k.length, padded,
-        static_cast<int>(p_.v.head_dim()), v, std::int64_t{words_of<C>(padded)} * C::kPanel);
+        [&](int i) { return key_row<Element>(p_, p_.v, at, head, keys.begin + i); }, count,
+        padded_columns<C>(count), static_cast<int>(p_.v.head_dim()),
+        v + first / C::Operand::kDepth * C::kPanel,
+        std::int64_t{words_of<C>(padded_columns<C>(at.k.length))} * C::kPanel);
   }
 
   void run(Executor& executor) {
-    const std::int64_t group = group_of(p_);
-    clear_gaps<Element>(p_, executor, workers_);
     order_shares(p_, {.tile = kTileM}, shares_);
-    const std::int64_t entries = batch_entries(p_);
-    const TaskOrder heads{shares_, entries, p_.k.heads()};
     if (private_packs_) {
-      parallel_for(executor, workers_, heads.tasks(), [&](std::int64_t task, int worker) {
-        const TaskOrder::Task now = heads.at(task);
-        const SequenceSlice at = slice_of(p_, now.share.entry);
-        const Scratch s = scratch(worker);
-        pack(at, now.head, s.k, s.v);
-        const std::int64_t turns = group * ceil_div(at.q.length, kTileM);
-        std::int64_t turn = 0;
-        for (std::int64_t h = now.head * group; h < (now.head + 1) * group; ++h)
-          for (int row = 0; row < at.q.length; row += kTileM, ++turn) {
-            RowsAhead ahead = rows_after(at, h, row, heads, task + workers_, turn, turns);
-            tile(s, at, h, row, s.k, s.v, &ahead);
-          }
-      });
-      return;
+      run_heads(executor);
+    } else {
+      run_tiles(executor);
     }
-    parallel_for(executor, workers_, heads.tasks(), [&](std::int64_t task, int) {
+  }
+
+  // A task is a key head, whose keys its worker packs for itself.
+  void run_heads(Executor& executor) {
+    const std::int64_t group = group_of(p_), gaps = gap_tasks(p_);
+    const TaskOrder heads{shares_, batch_entries(p_), p_.k.heads()};
+    parallel_for(executor, workers_, gaps + heads.tasks(), [&](std::int64_t task, int worker) {
+      if (task < gaps) return clear_gap<Element>(p_, task);
+      task -= gaps;
       const TaskOrder::Task now = heads.at(task);
       const SequenceSlice at = slice_of(p_, now.share.entry);
-      pack(at, now.head, k_panels(at, now.head), v_panels(at, now.head));
+      const Scratch s = scratch(worker);
+      pack(at, now.head, {0, at.k.length}, s.k, s.v);
+      const std::int64_t turns = group * ceil_div(at.q.length, kTileM);
+      std::int64_t turn = 0;
+      for (std::int64_t h = now.head * group; h < (now.head + 1) * group; ++h)
+        for (int row = 0; row < at.q.length; row += kTileM, ++turn) {
+          RowsAhead ahead = rows_after(at, h, row, heads, task + workers_, turn, turns);
+          tile(s, at, h, row, s.k, s.v, &ahead);
+        }
     });
-    const TaskOrder tiles{shares_, entries, p_.q.heads(), ceil_div(longest_query(p_), kTileM)};
-    parallel_for(executor, workers_, tiles.tasks(), [&](std::int64_t task, int worker) {
-      const TaskOrder::Task now = tiles.at(task);
-      const SequenceSlice at = slice_of(p_, now.share.entry);
-      const std::int64_t row = now.tile * kTileM;
-      if (row >= at.q.length) return;
-      RowsAhead ahead;
-      if constexpr (kTiles) ahead = queries_after(tiles, task + workers_);
-      tile(scratch(worker), at, now.head, static_cast<int>(row), k_panels(at, now.head / group),
-           v_panels(at, now.head / group), kTiles ? &ahead : nullptr);
-    });
+  }
+
+  // A task is a tile of queries of a head, after all keys have been packed.
+  void run_tiles(Executor& executor) {
+    const std::int64_t group = group_of(p_), gaps = gap_tasks(p_);
+    const TaskOrder parts{shares_, batch_entries(p_), p_.k.heads(),
+                          ceil_div(k_capacity_, kPackedKeys)};
+    const Stage packs{gaps + parts.tasks(), [&](std::int64_t task, int) {
+                        if (task < gaps) return clear_gap<Element>(p_, task);
+                        const TaskOrder::Task now = parts.at(task - gaps);
+                        const SequenceSlice at = slice_of(p_, now.share.entry);
+                        const int key = static_cast<int>(now.tile) * kPackedKeys;
+                        const Span keys{key, std::min(key + kPackedKeys, at.k.length)};
+                        if (keys.empty()) return;
+                        pack(at, now.head, keys, k_panels(at, now.head), v_panels(at, now.head));
+                      }};
+    const TaskOrder order{shares_, batch_entries(p_), p_.q.heads(),
+                          ceil_div(longest_query(p_), kTileM)};
+    const Stage tiles{order.tasks(), [&](std::int64_t task, int worker) {
+                        const TaskOrder::Task now = order.at(task);
+                        const SequenceSlice at = slice_of(p_, now.share.entry);
+                        const std::int64_t row = now.tile * kTileM;
+                        if (row >= at.q.length) return;
+                        RowsAhead ahead;
+                        if constexpr (kTiles) ahead = queries_after(order, task + workers_);
+                        tile(scratch(worker), at, now.head, static_cast<int>(row),
+                             k_panels(at, now.head / group), v_panels(at, now.head / group),
+                             kTiles ? &ahead : nullptr);
+                      }};
+    run_stages(executor, workers_, packs, tiles);
   }
 
   // The rows of q of the tile that is probably the worker's next one. The vector kernels compute a

@@ -119,9 +119,9 @@ inline bool has_gaps(const ForwardProblem& p) {
          s.start_k != nullptr || s.seqused_q != nullptr || s.seqused_k != nullptr;
 }
 
-// Into how many tasks the search for such tokens is cut.
+// Into how many tasks the search for such tokens is cut; none where there can be no such token.
 inline std::int64_t gap_tasks(const ForwardProblem& p) {
-  return std::max<std::int64_t>(batch_entries(p), 1);
+  return has_gaps(p) ? std::max<std::int64_t>(batch_entries(p), 1) : 0;
 }
 
 // Calls body(begin, end) for tokens of one side that belong to no entry, counted through a batch of
