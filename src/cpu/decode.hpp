@@ -133,16 +133,15 @@ class DecodeKernel {
   void run(Executor& executor) {
     const std::int64_t heads = batch_entries(p_) * p_.k.heads();
     const std::int64_t gaps = gap_tasks(p_);
-    const Stage parts{gaps + batch_entries(p_) * head_tasks_ * splits_,
-                      [&](std::int64_t task, int worker) {
-                        if (task < gaps) return clear_gap<Element>(p_, task);
-                        task -= gaps;
-                        const int split = static_cast<int>(task % splits_);
-                        const std::int64_t head = task / splits_ % head_tasks_ * task_heads_;
-                        part(scratch(worker),
-                             slice_of(p_, static_cast<int>(task / splits_ / head_tasks_)), head,
-                             std::min(head + task_heads_, p_.k.heads()), split);
-                      }};
+    const Stage parts{
+        gaps + batch_entries(p_) * head_tasks_ * splits_, [&](std::int64_t task, int worker) {
+          if (task < gaps) return clear_gap<Element>(p_, task);
+          task -= gaps;
+          const int split = static_cast<int>(task % splits_);
+          const std::int64_t head = task / splits_ % head_tasks_ * task_heads_;
+          part(scratch(worker), slice_of(p_, static_cast<int>(task / splits_ / head_tasks_)), head,
+               std::min(head + task_heads_, p_.k.heads()), split);
+        }};
     const Stage merges{splits_ > 1 ? heads : 0, [&](std::int64_t task, int worker) {
                          merge_parts(scratch(worker),
                                      slice_of(p_, static_cast<int>(task / p_.k.heads())),
@@ -744,7 +743,7 @@ class DecodeKernel {
       }
       for (; word < q_words_; word += Isa::kLanes) {
         ahead.ask(kWide);
-        if ((word + Isa::kLanes) * Operand::kDepth <= columns) {
+        if (kTurn > 1 && (word + Isa::kLanes) * Operand::kDepth <= columns) {
           add(word, std::true_type());
         } else {
           add(word, std::false_type());

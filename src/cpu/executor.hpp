@@ -23,8 +23,8 @@ Stage(std::int64_t, Body) -> Stage<Body>;
 // Returns when `done` has reached `tasks`, which other workers are about to finish.
 void wait_for(const std::atomic<std::int64_t>& done, std::int64_t tasks);
 
-// Calls the body of every task once, from at most `workers` workers, in order of the stages and of the
-// index as workers come free; a task starts after all tasks of the stages before. Workers stay
+// Calls the body of every task once, from at most `workers` workers, in order of the stages and of
+// the index as workers come free; a task starts after all tasks of the stages before. Workers stay
 // awake from stage to stage. The caller computes in StandardArithmetic, and so do they.
 template <class... Bodies>
 void run_stages(Executor& executor, int workers, const Stage<Bodies>&... stages) {
@@ -49,7 +49,8 @@ void run_stages(Executor& executor, int workers, const Stage<Bodies>&... stages)
       [](void* context, int worker) {
         const StandardArithmetic arithmetic;
         auto& s = *static_cast<Shared*>(context);
-        for (std::int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) {
+        for (std::int64_t task;
+             (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) {
           std::int64_t first = 0;
           const auto run_if_its_own = [&](const auto& stage) {
             if (task - first >= stage.tasks) {

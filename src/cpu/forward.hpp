@@ -122,13 +122,14 @@ class ForwardKernel {
   static constexpr int kTileM = kTiles ? 192 : 96;
   static constexpr int kTileN = kTiles ? 256 : 192;
   static constexpr int kChunk = kTiles ? 64 : kTileN;  // keys whose scores are computed at a time
-  static constexpr int kPackedKeys = 256;  // of one task that packs
+  static constexpr int kPackedKeys = 256;              // of one task that packs
   static constexpr int kGroups = kTileM / C::kMicroRows;
   static constexpr int kRowsOfS = kTiles ? C::kMicroRows : kTileM;  // and of P
   static constexpr int kLds = kChunk + 16;  // floats per row of S: an odd number of lines
   static constexpr int kLdp =
       (kTileN + 16 * C::Operand::kDepth) / C::Operand::kDepth;  // words per row of P
-  static_assert(kTileM % C::kMicroRows == 0 && kTileN % C::kPanel == 0 && kPackedKeys % C::kPanel == 0);
+  static_assert(kTileM % C::kMicroRows == 0 && kTileN % C::kPanel == 0 &&
+                kPackedKeys % C::kPanel == 0);
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
     return ForwardKernel(plan, p, WorkspaceLayout()).bytes_;

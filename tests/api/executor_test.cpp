@@ -4,12 +4,16 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <thread>
 
 #include "api/small_problem.hpp"
+#include "cpu/executor.hpp"
 #include "registry.hpp"
 
 namespace heed::test {
@@ -110,6 +114,34 @@ TEST(Executors, PoolRunsEveryWorkerOnce) {
     for (int worker = 0; worker < 64; ++worker)
       EXPECT_EQ(runs[static_cast<std::size_t>(worker)], worker < workers ? 1 : 0);
   }
+}
+
+// One task of the first stage takes long: whoever is done with the rest has to wait for it.
+TEST(Stages, StartWhenTheOnesBeforeHaveEnded) {
+  for (const int workers : {1, 2, 5})
+    for (const bool in_turn : {false, true}) {
+      SCOPED_TRACE(std::to_string(workers) + " workers" + (in_turn ? " in turn" : ""));
+      CountingExecutor executor(workers, in_turn);
+      std::array<std::atomic<int>, 7> first{};
+      std::atomic<int> ended = 0, second = 0;
+      cpu::run_stages(
+          executor, workers,
+          cpu::Stage{7,
+                     [&](std::int64_t task, int worker) {
+                       EXPECT_LT(worker, workers);
+                       if (task == 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+                       ++first[static_cast<std::size_t>(task)];
+                       ++ended;
+                     }},
+          cpu::Stage{0, [](std::int64_t, int) { ADD_FAILURE() << "a stage without tasks"; }},
+          cpu::Stage{3, [&](std::int64_t task, int) {
+                       EXPECT_EQ(ended, 7);
+                       second += 1 << (8 * task);
+                     }});
+      for (const auto& runs : first) EXPECT_EQ(runs, 1);
+      EXPECT_EQ(second, 0x010101);
+      EXPECT_EQ(executor.calls, workers > 1 ? 1 : 0);
+    }
 }
 
 const Device& two_workers() {
