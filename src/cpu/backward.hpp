@@ -79,7 +79,7 @@ class BackwardKernel {
     const std::int64_t owners = std::max<std::int64_t>(1, entry_tasks_ * head_tasks_);
     cut_ = backward_cut(p_, kTile, owners);
     cut_.together = task_entries_;
-    partial_ = cut_.chunks > 1 || cut_.chunk_keys > kBlock;
+    partial_ = cut_.chunks > 1 || cut_.most_keys() > kBlock;
 
     rows_ = p_.q.batch() * p_.q.heads() * p_.q.seqlen();
     delta_ = layout.add<float>(rows_);
@@ -95,7 +95,7 @@ class BackwardKernel {
   HEED_BASELINE Carved carve(WorkspaceLayout layout) const {
     Scratch s;
     const std::int64_t tile_words = words_of<C>(kTile);
-    const std::int64_t block = std::min(kBlock, cut_.chunk_keys);
+    const std::int64_t block = std::min(kBlock, cut_.most_keys());
     s.q_rows = layout.add<Word>(std::int64_t{kTile} * qk_words_ + Isa::kLanes);
     s.dout_rows = layout.add<Word>(std::int64_t{kTile} * v_words_ + Isa::kLanes);
     s.q_panels = layout.add<Word>(tile_words * qk_columns_);
@@ -222,10 +222,10 @@ class BackwardKernel {
   }
 
   void run_chunk(const Scratch& w, const SequenceSlice& at, std::int64_t head, int chunk) const {
-    const int begin = chunk * cut_.chunk_keys;
-    const int end = std::min(begin + cut_.chunk_keys, at.k.length);
+    if (!has_chunk(at, chunk)) return;
+    const int begin = cut_.first_key(chunk);
+    const int end = std::min(cut_.first_key(chunk + 1), at.k.length);
     const std::int64_t group = group_of(p_);
-    // A chunk without keys still owes its partial dq.
     int key0 = begin;
     do {
       const Span keys{key0, std::max(key0, std::min(key0 + kBlock, end))};
@@ -236,6 +236,12 @@ class BackwardKernel {
       if (!keys.empty()) store_block(w, at, head, keys);
       key0 += kBlock;
     } while (key0 < end);
+  }
+
+  // Whether an entry has keys in a chunk, and so a partial dq; the first one stands for an entry that
+  // has none at all.
+  bool has_chunk(const SequenceSlice& at, int chunk) const {
+    return chunk == 0 || cut_.first_key(chunk) < at.k.length;
   }
 
   void pack_block(const Scratch& w, const SequenceSlice& at, std::int64_t head, Span keys) const {
@@ -453,7 +459,7 @@ class BackwardKernel {
     const auto [at, head, row0, end] = row_tile(task);
     float* sum = scratch(worker).dq;
     for (int row = row0; row < end; ++row) {
-      for (int chunk = 0; chunk < cut_.chunks; ++chunk)
+      for (int chunk = 0; chunk < cut_.chunks && has_chunk(at, chunk); ++chunk)
         add_row(sum, partial_row(chunk, at, head, row), chunk == 0);
       store_row<Isa>(row_of<Element>(b_.dq, at.q, head, row), sum, p_.q.head_dim(),
                      scale_of(p_));

@@ -16,8 +16,8 @@ std::int64_t seen(const ForwardProblem& p, const SequenceSlice& at, int row, int
 
 std::int64_t work_of(const ForwardProblem& p, const Cut& cut, int entry, int chunk) {
   const SequenceSlice at = slice_of(p, entry);
-  const int begin = chunk * cut.chunk_keys;
-  const int end = cut.chunks == 1 ? at.k.length : begin + cut.chunk_keys;
+  const int begin = cut.first_key(chunk);
+  const int end = cut.chunks == 1 ? at.k.length : cut.first_key(chunk + 1);
   std::int64_t twice = 0;
   for (int row = 0; row < at.q.length; row += cut.tile) {
     const int rows = std::min(cut.tile, at.q.length - row);
@@ -40,14 +40,18 @@ bool forward_by_heads(const ForwardProblem& p, int workers) {
 }
 
 Cut backward_cut(const ForwardProblem& p, int tile, std::int64_t owners) {
-  constexpr std::int64_t kTasks = 32;  // enough for any CPU to balance, few enough partial dq
-  const int keys = static_cast<int>(max_seqlen_k(p));
-  const int tiles = std::max(1, ceil_div(keys, tile));
-  const auto chunks =
-      static_cast<int>(clamp64((kTasks + owners - 1) / owners, 1, ceil_div(tiles, 4)));
-  Cut cut{.tile = tile, .chunk_keys = ceil_div(tiles, chunks) * tile};
-  cut.chunks = std::max(1, ceil_div(keys, cut.chunk_keys));
-  return cut;
+  constexpr std::int64_t kTasks = 32;  // few enough partial dq
+  constexpr int kLeastTiles = 4;       // of a chunk, which packs all queries anew
+  const int keys = std::max(1, static_cast<int>(max_seqlen_k(p)));
+  // Of a packed batch, no more entries than its tokens suffice for can be as long as the longest.
+  const std::int64_t entries = std::max<std::int64_t>(1, batch_entries(p));
+  if (p.k.rank == 3) owners = owners * clamp64(p.k.seqlen() / keys, 1, entries) / entries;
+  owners = std::max<std::int64_t>(1, owners);
+  const std::int64_t wanted = (kTasks + owners - 1) / owners;
+  const int tiles = ceil_div(keys, tile);
+  return {.tile = tile,
+          .chunks = static_cast<int>(clamp64(wanted, 1, ceil_div(tiles, kLeastTiles))),
+          .key_tiles = tiles};
 }
 
 void order_shares(const ForwardProblem& p, const Cut& cut, Share* shares) {

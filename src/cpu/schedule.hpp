@@ -2,8 +2,10 @@
 // what is left at the end is short and workers end together.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "core/mask.hpp"
 #include "heed/problem.hpp"
 
 namespace heed::cpu {
@@ -15,12 +17,20 @@ struct Share {
   int chunk;
 };
 
-// What is cut: tiles of query rows against chunks of keys. One chunk of all keys: nothing is.
+// What is cut: tiles of query rows against chunks of keys, which are as even as whole tiles of keys
+// can be. One chunk of all keys: nothing is.
 struct Cut {
-  int tile;
+  int tile;  // rows, and keys
   int chunks = 1;
-  int chunk_keys = 0;
+  int key_tiles = 0;  // of the longest entry
   std::int64_t together = 1;
+
+  // The first key of a chunk; of chunk `chunks`, the end of the last.
+  int first_key(int chunk) const {
+    const std::int64_t key = std::int64_t{key_tiles} * chunk / chunks * tile;
+    return static_cast<int>(std::min<std::int64_t>(key, INT32_MAX));
+  }
+  int most_keys() const { return ceil_div(key_tiles, chunks) * tile; }
 };
 
 // Shares of a problem: chunks * entries / together.
