@@ -54,17 +54,37 @@ def cpu_table(data: dict, part: str) -> str:
     machines = data["machines"]
     if not part:
         return cpu_main(machines[0])
+    if part == "machines":
+        return cpu_machines(machines)
     if part == "cells":
         return beside(machines, ["work", "shape", "dtype", "goal"], cpu_cells)
     if part == "ratios":
         return beside(machines, ["", "goal"], cpu_ratios)
     each = {"decode": cpu_decode, "short": cpu_short}[part]
-    tables = [f"{ran_on(result)}:\n\n{each(result)}" for result in machines]
-    return "\n\n".join([*tables, commands(machines)])
+    return "\n\n".join(f"{short_name(result)}:\n\n{each(result)}" for result in machines)
 
 
 def cpu_of(result: dict) -> str:
     return f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
+
+
+def short_name(result: dict) -> str:
+    """Brand, family, model and threads, where a name has them: EPYC 25-17, 2T."""
+    cpu = result["machine"]["cpu"]
+    found = re.search(r"(EPYC|Xeon).*family (\d+) model (\d+)", cpu)
+    name = f"{found[1]} {found[2]}-{found[3]}" if found else cpu
+    return f"{name}, {result['machine']['threads']}T"
+
+
+def cpu_machines(machines: list[dict]) -> str:
+    """What the other tables call a machine, and what ran on it."""
+    titles = ["", "CPU", "threads", "kernels", "torch", "date", "commit"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for result in machines:
+        m = result["machine"]
+        row = [short_name(result), m["cpu"], m["threads"], f"`{m['kernels']}`", m["torch"]]
+        lines.append(f"| {' | '.join([*row, m['date'], '`' + m['commit'] + '`'])} |")
+    return "\n\n".join(["\n".join(lines), commands(machines)])
 
 
 def ran_on(result: dict) -> str:
@@ -76,7 +96,7 @@ def commands(machines: list[dict]) -> str:
     """Each once; where there are several, with the CPUs that ran it."""
     ran: dict[str, list[str]] = {}
     for result in machines:
-        ran.setdefault(result["machine"]["command"], []).append(cpu_of(result))
+        ran.setdefault(result["machine"]["command"], []).append(short_name(result))
     if len(ran) == 1:
         return f"`{next(iter(ran))}`"
     return "\n\n".join(f"{'; '.join(cpus)}: `{command}`" for command, cpus in ran.items())
@@ -87,12 +107,12 @@ def beside(
 ) -> str:
     """A column per CPU, and a line for what any of them has: `head` names what its key says."""
     columns = [rows_of(result) for result in machines]
-    titles = [*head, *(f"{cpu_of(m)}, `{m['machine']['kernels']}`" for m in machines)]
+    titles = [*head, *map(short_name, machines)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for key in dict.fromkeys(key for column in columns for key in column):
         row = [*key, *(column.get(key, "-") for column in columns)]
         lines.append(f"| {' | '.join(row)} |")
-    return "\n\n".join(["\n".join(lines), *map(ran_on, machines), commands(machines)])
+    return "\n".join(lines)
 
 
 def in_main_table(cell: dict) -> bool:
@@ -172,9 +192,15 @@ def cpu_ratios(result: dict) -> dict[tuple[str, ...], str]:
     threads = int(result["machine"]["threads"])
     ratios = {}
 
-    def compare(name: str, key: str, part: dict | None, whole: dict | None, goal: float) -> None:
+    def compare(name: str, part: float | None, whole: float | None, goal: float | None) -> None:
         if part and whole:
-            ratios[name, f"{goal:.2f}"] = f"{part[key] / whole[key]:.2f}"
+            ratios[name, f"{goal:.2f}" if goal else "-"] = f"{part / whole:.2f}"
+
+    def rate(cell: dict | None) -> float | None:
+        return cell["flops"] / cell["heed_ms"] if cell else None
+
+    def peak(cell: dict | None) -> float | None:
+        return cell["peaks"]["fma"] if cell else None
 
     for dtype in ("fp32", "bf16"):
         for dim in (128, 64):
@@ -182,16 +208,20 @@ def cpu_ratios(result: dict) -> dict[tuple[str, ...], str]:
             full = cells.get(("forward", f"{shape} full", dtype))
             causal = cells.get(("forward", f"{shape} causal", dtype))
             one = cells.get(("1 thread", f"{shape} full", dtype))
-            compare(f"{name}, causal over full, per visible score", "share", causal, full, 0.93)
-            compare(f"{name}, time on 1 thread over {threads}", "heed_ms", one, full, 0.95 * threads)
+            compare(f"{name}, causal over full, per visible score", rate(causal), rate(full), 0.93)
+            linear = threads * (rate(one) or 0)
+            compare(f"{name}, rate over 1 thread's by threads", rate(full), linear, 0.95)
             if dtype == "fp32":
+                linear = threads * (peak(one) or 0)
+                name = f"the FMA peak beside D{dim}, over 1 thread's by threads"
+                compare(name, peak(full), linear, None)
                 half = cells.get(("forward", f"{shape} full", "fp16"))
-                compare(f"forward D{dim}, rate of fp16 over fp32", "heed_ms", full, half, 0.9)
+                compare(f"forward D{dim}, rate of fp16 over fp32", rate(half), rate(full), 0.9)
         padded = [c for key, c in cells.items() if key[0] == "padded" and key[2] == dtype]
         if padded:
             whole, part = sorted(padded, key=lambda c: -c["flops"])
             name = f"padded {dtype}, rate per real token squared, 55 % fill over full"
-            compare(name, "share", part, whole, 0.9)
+            compare(name, rate(part), rate(whole), 0.9)
     if calls := result["host"]:
         ratios["microseconds of a call, C++", "3"] = f"{calls['cpp_us']:.2g}"
         ratios["microseconds of a call, PyTorch", "10"] = f"{calls['torch_us']:.2g}"
