@@ -268,7 +268,8 @@ typedef struct heed_workspace {
 #define HEED_WORKSPACE_ALIGNMENT 64
 
 /* The caller's threads. `run` calls body(context, worker) once for every worker in [0, workers), at
- * the same time where it can, and returns after all of them have. */
+ * the same time where it can, and returns after all of them have. A body may wait for others that are
+ * running, never for one that has not begun. */
 typedef struct heed_executor {
   void* user;
   int (*concurrency)(void* user); /* threads that `run` can use at the same time */

@@ -51,7 +51,8 @@ class Executor {
   virtual ~Executor() = default;
   virtual int concurrency() const = 0;
   // Calls body(context, worker) once for every worker in [0, workers), at the same time where it
-  // can, and returns after all of them have.
+  // can, and returns after all of them have. A body may wait for others that are running, never for
+  // one that has not begun.
   virtual void run(int workers, void (*body)(void* context, int worker), void* context) = 0;
 
   // heed's own threads; HEED_NUM_THREADS sets how many.
