@@ -83,8 +83,6 @@ class BackwardKernel {
 
     rows_ = p_.q.batch() * p_.q.heads() * p_.q.seqlen();
     delta_ = layout.add<float>(rows_);
-    tiles_ = ceil_div(static_cast<int>(max_seqlen_q(p_)), kTile);
-    sink_terms_ = layout.add<double>(b_.dsink != nullptr ? entries * p_.q.heads() * tiles_ : 0);
     shares_ = layout.add<Share>(share_count(p_, cut_));
     if (partial_) partial_dq_ = layout.add<float>(cut_.chunks * rows_ * qk_columns_);
     scratch_bytes_ = carve(WorkspaceLayout()).bytes;
@@ -133,16 +131,17 @@ class BackwardKernel {
     const std::int64_t gaps = gap_tasks(p_);
     const std::int64_t lines =
         b_.dbias ? b_.dbias.shape[0] * b_.dbias.shape[1] * b_.dbias.shape[2] : 0;
-    const std::int64_t row_tiles = entries * p_.q.heads() * tiles_;
+    const std::int64_t tiles = ceil_div(longest(p_, &SequenceSlice::q), kTile);
+    const std::int64_t row_tiles = entries * p_.q.heads() * tiles;
     const Stage before{gaps + lines + row_tiles, [&](std::int64_t task, int) {
                          if (task < gaps) return clear_gap(task);
                          task -= gaps;
                          if (task < lines) return clear_bias_line(task);
-                         delta_rows(task - lines);
+                         delta_rows(task - lines, tiles);
                        }};
     const TaskOrder order{shares_, share_count(p_, cut_), head_tasks_};
     const Stage chunks{order.tasks(), [&](std::int64_t task, int worker) {
-                         [[maybe_unused]] const Tiles<Isa> tiles;
+                         [[maybe_unused]] const Tiles<Isa> unit;
                          const Scratch w = scratch(worker);
                          const TaskOrder::Task now = order.at(task);
                          const std::int64_t head0 = now.head * task_heads_;
@@ -150,10 +149,12 @@ class BackwardKernel {
                            for (std::int64_t h = head0; h < head0 + task_heads_; ++h)
                              run_chunk(w, slice_of(p_, e), h, now.share.chunk);
                        }};
-    const Stage sums{partial_ ? row_tiles : 0,
-                     [&](std::int64_t task, int worker) { add_chunks(task, worker); }};
+    const std::int64_t sinks = b_.dsink != nullptr ? p_.q.heads() : 0;
+    const Stage sums{sinks + (partial_ ? row_tiles : 0), [&](std::int64_t task, int worker) {
+                       if (task < sinks) return add_sinks(task);
+                       add_chunks(task - sinks, worker, tiles);
+                     }};
     run_stages(executor, workers_, before, chunks, sums);
-    if (b_.dsink != nullptr) add_sink_terms();
   }
 
   void clear_gap(std::int64_t task) const {
@@ -174,23 +175,22 @@ class BackwardKernel {
     for (std::int64_t c = 0; c < x.shape[3]; ++c) row[c * x.stride[3]] = 0.f;
   }
 
-  // Tile `task` of the query rows of all heads of all entries.
+  // Tile `task` of the query rows of all heads of all entries, `tiles` of the longest.
   struct RowTile {
     SequenceSlice at;
     std::int64_t head;
     int row0, end;
   };
-  RowTile row_tile(std::int64_t task) const {
-    const std::int64_t entry = task / tiles_ / p_.q.heads();
+  RowTile row_tile(std::int64_t task, std::int64_t tiles) const {
+    const std::int64_t entry = task / tiles / p_.q.heads();
     const SequenceSlice at = slice_of(p_, static_cast<int>(entry));
-    const int row0 = static_cast<int>(task % tiles_) * kTile;
-    return {at, task / tiles_ % p_.q.heads(), row0, std::min(row0 + kTile, at.q.length)};
+    const int row0 = static_cast<int>(task % tiles) * kTile;
+    return {at, task / tiles % p_.q.heads(), row0, std::min(row0 + kTile, at.q.length)};
   }
 
-  // delta = rowsum(dout ∘ out) - dlse, and the sink's gradient: -sum over rows of p_sink * delta.
-  void delta_rows(std::int64_t task) const {
-    const auto [at, head, row0, end] = row_tile(task);
-    double sink_sum = 0;
+  // delta = rowsum(dout ∘ out) - dlse
+  void delta_rows(std::int64_t task, std::int64_t tiles) const {
+    const auto [at, head, row0, end] = row_tile(task, tiles);
     for (int r = row0; r < end; ++r) {
       const auto* out = row_of<Element>(ConstTensorView(p_.out), at.q, head, r);
       const auto* dout = row_of<Element>(b_.dout, at.q, head, r);
@@ -204,21 +204,23 @@ class BackwardKernel {
       const std::int64_t i = lse_index(p_, at, static_cast<int>(head), r);
       if (b_.dlse != nullptr) delta -= b_.dlse[i];
       delta_[i] = delta;
-      if (b_.dsink != nullptr && p_.lse[i] != -kInfinity)
-        sink_sum -= std::exp(double{p_.sink[head]} - double{p_.lse[i]}) * double{delta};
     }
-    if (b_.dsink != nullptr) sink_terms_[task] = sink_sum;
   }
 
-  void add_sink_terms() const {
-    const std::int64_t heads = p_.q.heads();
-    for (std::int64_t head = 0; head < heads; ++head) {
-      double sum = 0;
-      for (std::int64_t entry = 0; entry < batch_entries(p_); ++entry)
-        for (std::int64_t tile = 0; tile < tiles_; ++tile)
-          sum += sink_terms_[(entry * heads + head) * tiles_ + tile];
-      b_.dsink[head] = static_cast<float>(sum);
+  // The sink's gradient: -sum over rows of p_sink * delta.
+  void add_sinks(std::int64_t head) const {
+    double sum = 0;
+    for (int entry = 0; entry < batch_entries(p_); ++entry) {
+      const SequenceSlice at = slice_of(p_, entry);
+      double of_entry = 0;
+      for (int r = 0; r < at.q.length; ++r) {
+        const std::int64_t i = lse_index(p_, at, static_cast<int>(head), r);
+        if (p_.lse[i] != -kInfinity)
+          of_entry -= std::exp(double{p_.sink[head]} - double{p_.lse[i]}) * double{delta_[i]};
+      }
+      sum += of_entry;
     }
+    b_.dsink[head] = static_cast<float>(sum);
   }
 
   void run_chunk(const Scratch& w, const SequenceSlice& at, std::int64_t head, int chunk) const {
@@ -455,8 +457,8 @@ class BackwardKernel {
       Isa::store(to + c, replace ? Isa::load(from + c) : Isa::load(to + c) + Isa::load(from + c));
   }
 
-  void add_chunks(std::int64_t task, int worker) const {
-    const auto [at, head, row0, end] = row_tile(task);
+  void add_chunks(std::int64_t task, int worker, std::int64_t tiles) const {
+    const auto [at, head, row0, end] = row_tile(task, tiles);
     float* sum = scratch(worker).dq;
     for (int row = row0; row < end; ++row) {
       for (int chunk = 0; chunk < cut_.chunks && has_chunk(at, chunk); ++chunk)
@@ -481,9 +483,7 @@ class BackwardKernel {
   Cut cut_;
   bool partial_ = false;
   std::int64_t rows_ = 0;  // query rows of all heads
-  int tiles_ = 0;          // of query rows of an entry, at most
   float* delta_ = nullptr;
-  double* sink_terms_ = nullptr;
   Share* shares_ = nullptr;
   float* partial_dq_ = nullptr;
   std::byte* scratch_ = nullptr;

@@ -258,7 +258,7 @@ class ForwardKernel {
   void run_tiles(Executor& executor) {
     const std::int64_t group = group_of(p_), gaps = gap_tasks(p_);
     const TaskOrder parts{shares_, batch_entries(p_), p_.k.heads(),
-                          ceil_div(k_capacity_, kPackedKeys)};
+                          ceil_div(longest(p_, &SequenceSlice::k), kPackedKeys)};
     const Stage packs{gaps + parts.tasks(), [&](std::int64_t task, int) {
                         if (task < gaps) return clear_gap<Element>(p_, task);
                         const TaskOrder::Task now = parts.at(task - gaps);
@@ -269,7 +269,7 @@ class ForwardKernel {
                         pack(at, now.head, keys, k_panels(at, now.head), v_panels(at, now.head));
                       }};
     const TaskOrder order{shares_, batch_entries(p_), p_.q.heads(),
-                          ceil_div(longest_query(p_), kTileM)};
+                          ceil_div(longest(p_, &SequenceSlice::q), kTileM)};
     const Stage tiles{order.tasks(), [&](std::int64_t task, int worker) {
                         const TaskOrder::Task now = order.at(task);
                         const SequenceSlice at = slice_of(p_, now.share.entry);

@@ -43,9 +43,11 @@ Cut backward_cut(const ForwardProblem& p, int tile, std::int64_t owners) {
   constexpr std::int64_t kTasks = 32;  // few enough partial dq
   constexpr int kLeastTiles = 4;       // of a chunk, which packs all queries anew
   const int keys = std::max(1, static_cast<int>(max_seqlen_k(p)));
-  // Of a packed batch, no more entries than its tokens suffice for can be as long as the longest.
+  // Of a packed batch, no more entries than its tokens suffice for can be as long as the longest,
+  // where the caller says how long that is.
   const std::int64_t entries = std::max<std::int64_t>(1, batch_entries(p));
-  if (p.k.rank == 3) owners = owners * clamp64(p.k.seqlen() / keys, 1, entries) / entries;
+  if (p.k.rank == 3 && keys < p.k.seqlen())
+    owners = owners * clamp64(p.k.seqlen() / keys, 1, entries) / entries;
   owners = std::max<std::int64_t>(1, owners);
   const std::int64_t wanted = (kTasks + owners - 1) / owners;
   const int tiles = ceil_div(keys, tile);

@@ -23,12 +23,12 @@ inline std::int64_t group_of(const ForwardProblem& p) {
   return p.k.heads() == 0 ? 1 : p.q.heads() / p.k.heads();
 }
 
-// Query rows of the longest entry.
-inline int longest_query(const ForwardProblem& p) {
-  int longest = 0;
+// Query rows, or keys, of the longest entry.
+inline int longest(const ForwardProblem& p, SideSlice SequenceSlice::* side) {
+  int length = 0;
   for (int entry = 0; entry < batch_entries(p); ++entry)
-    longest = std::max(longest, slice_of(p, entry).q.length);
-  return longest;
+    length = std::max(length, (slice_of(p, entry).*side).length);
+  return length;
 }
 
 // Element (row, 0) of one head of one entry, in a tensor laid out as q, out, dout, dq ...

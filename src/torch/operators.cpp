@@ -256,6 +256,7 @@ class KeptMemory {
   std::unique_ptr<void, Free> memory_;
   std::size_t bytes_ = 0;
 };
+thread_local KeptMemory kept_memory;  // of both passes
 
 template <class AnyProblem>
 void plan_and_run(const AnyProblem& problem, const Tensor& q, const Options& options) {
@@ -265,10 +266,8 @@ void plan_and_run(const AnyProblem& problem, const Tensor& q, const Options& opt
   if (!chosen.ok()) raise(chosen.status());
   std::optional<Tensor> scratch;
   Workspace workspace{.bytes = chosen->workspace_bytes};
-  if (workspace.bytes > 0 && target.device.is_cpu()) {
-    thread_local KeptMemory kept;
-    workspace.data = kept.at_least(workspace.bytes);
-  }
+  if (workspace.bytes > 0 && target.device.is_cpu())
+    workspace.data = kept_memory.at_least(workspace.bytes);
   if (workspace.bytes > 0 && workspace.data == nullptr) {
     const std::int64_t bytes = static_cast<std::int64_t>(workspace.bytes);
     scratch = empty({&bytes, 1}, aoti_torch_dtype_uint8(), q);
