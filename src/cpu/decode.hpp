@@ -32,6 +32,9 @@ class DecodeKernel {
   // loop and what it asks memory for are a third of its instructions otherwise.
   static constexpr int kTurn = kWide == 2 && Operand::kDepth == 1 ? 2 : 1;
   static constexpr int kKeyGroup = std::max(kWide, Operand::kDepthStep);  // keys of a product
+  // The same for so few rows that kWide sums of each would wait for their own latency. More read
+  // memory in too many places at once.
+  static constexpr int at_once(int rows) { return rows <= 2 ? 4 : kWide; }
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
     return DecodeKernel(plan, p, WorkspaceLayout()).bytes_;
@@ -418,14 +421,14 @@ class DecodeKernel {
     };
     LinesAhead values_ahead(
         next.v, next.live, p_.v.head_dim(),
-        turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), kWide));
+        turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), at_once(rows)));
     const auto values = [&](auto count, auto vectors, auto lanes, int r) {
       constexpr bool kLanesP = decltype(lanes)::value;
       const Word* p = kLanesP ? reinterpret_cast<const Word*>(w.s_blocks) +
                                     r / Isa::kLanes * (kKeys * Isa::kLanes) + r % Isa::kLanes
                               : w.p + r * kLdp;
       value_rows<decltype(count)::value, decltype(vectors)::value, kLanesP>(
-          p, block, values_ahead, rescaled + r, w.o + std::int64_t{r} * o_columns_);
+          p, block, values_ahead, rescaled + r, w.o + std::int64_t{r} * o_columns_, 0);
     };
     const auto pairs = [&](auto lanes, int r, int end) {
       if constexpr (kPaired)
@@ -435,7 +438,7 @@ class DecodeKernel {
     };
     const auto groups = [&](auto lanes, int first, int end) {
       for_groups(first, end, [&](auto count, int r) {
-        values(count, std::integral_constant<int, kWide>(), lanes, r);
+        values(count, std::integral_constant<int, at_once(decltype(count)::value)>(), lanes, r);
       });
     };
     // Groups do not begin in one block and end in the next.
@@ -715,56 +718,64 @@ class DecodeKernel {
   template <int kRows>
   void score_rows(const Word* q, const Block& block, LinesAhead& keys_ahead, float* s) const {
     LinesAhead ahead = keys_ahead;
-    const int columns = static_cast<int>(p_.q.head_dim());
-    for (int i = block.live.begin; i < block.live.end; i += kWide) {
-      constexpr int kSums = kRows * kWide;
-      Vec acc[round_up(kSums, Isa::kLanes)] = {};
-      const auto add = [&](int word, auto whole) __attribute__((always_inline)) {
-        typename Operand::Wide x[kWide];
-#pragma GCC unroll 4
-        for (int j = 0; j < kWide; ++j)
-          x[j] = wide(load_vector<Operand>(block.k[i + j], word, columns, whole));
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          typename Operand::Wide y = Operand::load(q + r * q_words_ + word);
-          if constexpr (requires { Isa::keep(y); }) Isa::keep(y);
-#pragma GCC unroll 4
-          for (int j = 0; j < kWide; ++j)
-            acc[r * kWide + j] = Operand::multiply_add(acc[r * kWide + j], y, x[j]);
-        }
-      };
-      constexpr int kTurnWords = kTurn * Isa::kLanes;
-      int word = 0;
-      for (; (word + kTurnWords) * Operand::kDepth <= columns; word += kTurnWords) {
-        ahead.ask(kWide);
-#pragma GCC unroll 2
-        for (int part = 0; part < kTurnWords; part += Isa::kLanes)
-          add(word + part, std::true_type());
-      }
-      for (; word < q_words_; word += Isa::kLanes) {
-        ahead.ask(kWide);
-        if (kTurn > 1 && (word + Isa::kLanes) * Operand::kDepth <= columns) {
-          add(word, std::true_type());
-        } else {
-          add(word, std::false_type());
-        }
-      }
-      float sums[round_up(kSums, Isa::kLanes)];
-#pragma GCC unroll 4
-      for (int first = 0; first < kSums; first += Isa::kLanes) {
-        Vec group[Isa::kLanes];
-        std::copy_n(acc + first, Isa::kLanes, group);
-        Isa::store(sums + first, reduce_rows(group, [](Vec a, Vec b) { return a + b; }));
-      }
-      for (int r = 0; r < kRows; ++r) std::copy_n(sums + r * kWide, kWide, s + r * kKeys + i);
-    }
+    int i = block.live.begin;
+    for (; i + at_once(kRows) <= block.live.end; i += at_once(kRows))
+      score_some<kRows, at_once(kRows)>(q, block.k + i, ahead, s + i);
+    if constexpr (at_once(kRows) > kWide)
+      for (; i < block.live.end; i += kWide) score_some<kRows, kWide>(q, block.k + i, ahead, s + i);
     keys_ahead = ahead;
   }
 
-  // kRows of them. Asks for the next step's values meanwhile.
+  // The same for the first kCount keys.
+  template <int kRows, int kCount>
+  [[gnu::always_inline]] void score_some(const Word* q, const Element* const* keys,
+                                         LinesAhead& ahead, float* s) const {
+    const int columns = static_cast<int>(p_.q.head_dim());
+    constexpr int kSums = kRows * kCount;
+    Vec acc[round_up(kSums, Isa::kLanes)] = {};
+    const auto add = [&](int word, auto whole) __attribute__((always_inline)) {
+      typename Operand::Wide x[kCount];
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j)
+        x[j] = wide(load_vector<Operand>(keys[j], word, columns, whole));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        typename Operand::Wide y = Operand::load(q + r * q_words_ + word);
+        if constexpr (requires { Isa::keep(y); }) Isa::keep(y);
+#pragma GCC unroll 8
+        for (int j = 0; j < kCount; ++j)
+          acc[r * kCount + j] = Operand::multiply_add(acc[r * kCount + j], y, x[j]);
+      }
+    };
+    constexpr int kTurnWords = kTurn * Isa::kLanes;
+    int word = 0;
+    for (; (word + kTurnWords) * Operand::kDepth <= columns; word += kTurnWords) {
+      ahead.ask(kCount);
+#pragma GCC unroll 2
+      for (int part = 0; part < kTurnWords; part += Isa::kLanes) add(word + part, std::true_type());
+    }
+    for (; word < q_words_; word += Isa::kLanes) {
+      ahead.ask(kCount);
+      if (kTurn > 1 && (word + Isa::kLanes) * Operand::kDepth <= columns) {
+        add(word, std::true_type());
+      } else {
+        add(word, std::false_type());
+      }
+    }
+    float sums[round_up(kSums, Isa::kLanes)];
+#pragma GCC unroll 4
+    for (int first = 0; first < kSums; first += Isa::kLanes) {
+      Vec group[Isa::kLanes];
+      std::copy_n(acc + first, Isa::kLanes, group);
+      Isa::store(sums + first, reduce_rows(group, [](Vec a, Vec b) { return a + b; }));
+    }
+    for (int r = 0; r < kRows; ++r) std::copy_n(sums + r * kCount, kCount, s + r * kKeys);
+  }
+
+  // kRows of them, from column `first` on. Asks for the next step's values meanwhile.
   template <int kRows, int kVectors, bool kLanesP>
   void value_rows(const Word* p, const Block& block, LinesAhead& values_ahead,
-                  const float* rescaled, float* o) const {
+                  const float* rescaled, float* o, int first) const {
     // P of row r and a word of keys, by rows or by blocks.
     const auto weight_of = [&](int r, int i) __attribute__((always_inline)) {
       if constexpr (kLanesP)
@@ -792,7 +803,7 @@ class DecodeKernel {
           for (int r = 0; r < kRows; ++r) {
             const Word weight = weight_of(r, i / Operand::kDepth);
 #pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], weight, v[j]);
+            for (int j = 0; j < kVectors; ++j) acc[r][j] = multiply<kRows>(acc[r][j], weight, v[j]);
           }
         }
       }
@@ -802,10 +813,23 @@ class DecodeKernel {
         for (int j = 0; j < kVectors; ++j)
           Isa::store(o + std::int64_t{r} * o_columns_ + col + j * Isa::kLanes, acc[r][j]);
     };
-    int col = 0;
+    int col = first;
     for (; col + kStep <= columns; col += kStep) panel(col, std::true_type());
-    if (col < columns) panel(col, std::false_type());
+    if constexpr (kVectors <= kWide)
+      if (col < columns) panel(col, std::false_type());
     values_ahead = ahead;
+    if constexpr (kVectors > kWide)
+      value_rows<kRows, kWide, kLanesP>(p, block, values_ahead, rescaled, o, col);
+  }
+
+  // acc + weight * v, where kRows sums take v: for one it can stay in memory.
+  template <int kRows>
+  [[gnu::always_inline]] static Vec multiply(Vec acc, Word weight, typename Operand::Wide v) {
+    if constexpr (kRows == 1 && Operand::kDepth == 1) {
+      return Operand::multiply_add(acc, Isa::broadcast(weight), v);
+    } else {
+      return Operand::mac(acc, weight, v);
+    }
   }
 
   // kLanes words of a row; `whole`: it has as many from there on.

@@ -20,7 +20,7 @@ struct F32Operand {
   static constexpr int kDepth = 1;      // elements per word
   static constexpr int kDepthStep = 1;  // elements that a product takes at a time
   static Wide load(const Word* p) { return Isa::load(p); }
-  static Vec mac(Vec acc, Word a, Wide b) { return Isa::fma(Isa::broadcast(a), b, acc); }
+  static Vec mac(Vec acc, Word a, Wide b) { return Isa::accumulate(acc, Isa::broadcast(a), b); }
   static Vec multiply_add(Vec acc, Wide a, Wide b) { return Isa::fma(a, b, acc); }
 };
 
@@ -73,17 +73,20 @@ constexpr int depth_words(std::int64_t elements) {
 template <class Isa>
 inline constexpr int kPanel = 2 * Isa::kLanes;  // columns of one panel of B
 
-// What a product asks the caches for while it computes: `step` bytes further on with every word of depth.
+// What a product asks the caches for while it computes: `step` bytes further on with every
+// kProductStep words of depth.
 struct Ahead {
   const char* at;
   std::ptrdiff_t step;
 };
 
-// The part that product `turn` of `turns` asks for, of a panel as deep as theirs.
+// The part that product `turn` of `turns` asks for, of a panel as deep as theirs: all of it if they
+// are enough to ask for a cache line at a time.
 template <class Isa, class Word>
 Ahead part_of_panel(const Word* panel, int depth, int turn, int turns) {
   constexpr std::ptrdiff_t kLine = kPanel<Isa> * sizeof(Word);
-  return {reinterpret_cast<const char*>(panel) + kLine * depth * turn / turns, kLine / turns};
+  return {reinterpret_cast<const char*>(panel) + kLine * depth * turn / turns,
+          std::min<std::ptrdiff_t>(Isa::kProductStep * kLine / turns, 64)};
 }
 
 // Rows in memory that are needed soon. Products ask for one of them every few words of depth, in
@@ -142,24 +145,34 @@ template <class Operand, int kRow, int kDepthStride, Update kUpdate, int kVector
   using Vec = typename Isa::Vec;
   constexpr int kRows = Isa::kMicroRows;
   Vec acc[kRows][kVectors] = {};
-  const int every = rows_ahead == nullptr ? depth : rows_ahead->every(depth);
+  const auto multiply = [&](int at) __attribute__((always_inline)) {
+    typename Operand::Wide panel[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j)
+      panel[j] = Operand::load(b + at * kPanel<Isa> + j * Isa::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const typename Operand::Word word = a[r * kRow + at * kDepthStride];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], word, panel[j]);
+    }
+  };
+  constexpr int kStep = Isa::kProductStep;
+  const int every =
+      rows_ahead == nullptr ? depth : std::max(rows_ahead->every(depth) / kStep * kStep, kStep);
   for (int k = 0; k < depth;) {
     if (rows_ahead != nullptr) rows_ahead->ask();
-    for (const int end = std::min(k + every, depth); k < end; ++k) {
-      typename Operand::Wide panel[kVectors];
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) panel[j] = Operand::load(b + j * Isa::kLanes);
+    const int end = std::min(k + every, depth);
+    for (; k + kStep <= end; k += kStep) {
       __builtin_prefetch(ahead.at);
       ahead.at += ahead.step;
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const typename Operand::Word word = a[r * kRow];
-#pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) acc[r][j] = Operand::mac(acc[r][j], word, panel[j]);
-      }
-      a += kDepthStride;
-      b += kPanel<Isa>;
+#pragma GCC unroll 4
+      for (int at = 0; at < kStep; ++at) multiply(at);
+      a += kStep * kDepthStride;
+      b += kStep * kPanel<Isa>;
     }
+    if constexpr (kStep > 1)
+      for (; k < end; ++k, a += kDepthStride, b += kPanel<Isa>) multiply(0);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)

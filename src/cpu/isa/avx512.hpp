@@ -27,6 +27,7 @@ struct Avx512 {
   static constexpr Arch kArch = Arch::avx512;
   static constexpr int kLanes = 16;
   static constexpr int kMicroRows = 12;  // 12 x 2 accumulators + 2 + 1 of 32 registers
+  static constexpr int kProductStep = 1;
   static constexpr bool kHasBf16Dot = false;
   using Vec = __m512;
 
@@ -54,6 +55,7 @@ struct Avx512 {
   }
   static Vec broadcast(float x) { return _mm512_set1_ps(x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec accumulate(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
   static float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }

@@ -21,6 +21,7 @@ struct Neon {
   // 12 x 2 accumulators + 2 + 1 of 32 registers. 24 sums in flight hide a latency of 4 to 6 cycles
   // on cores that start 4 multiply-adds a cycle; not measured.
   static constexpr int kMicroRows = 12;
+  static constexpr int kProductStep = 1;
   static constexpr bool kHasBf16Dot = false;
   using Vec = float32x4_t;
 
@@ -47,6 +48,7 @@ struct Neon {
   }
   static Vec broadcast(float x) { return vdupq_n_f32(x); }
   static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+  static Vec accumulate(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
   // Returns b where a or b is NaN.
   static Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static float reduce_add(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }

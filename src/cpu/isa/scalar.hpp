@@ -13,6 +13,7 @@ struct Scalar {
   static constexpr Arch kArch = Arch::scalar;
   static constexpr int kLanes = 4;
   static constexpr int kMicroRows = 4;  // 4 x 2 accumulators + 2 + 1 of 16 registers
+  static constexpr int kProductStep = 1;
   static constexpr bool kHasBf16Dot = false;
   using Vec [[gnu::vector_size(16)]] = float;
   using IntVec [[gnu::vector_size(16)]] = int;
@@ -27,6 +28,7 @@ struct Scalar {
   }
   static Vec broadcast(float x) { return Vec{x, x, x, x}; }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec accumulate(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
   // Returns b where a or b is NaN.
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
   static float reduce_add(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
