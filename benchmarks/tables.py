@@ -9,7 +9,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,13 +23,18 @@ FAMILIES = {
 }
 
 
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
 def support_table(data: dict) -> str:
     """One line per family of the tables of kernels, as `heed list --json` prints them on x86-64 and
     on aarch64."""
-    lines = ["| kernels | passes | tensors | head_dim |", "|---|---|---|---|"]
     aarch64 = json.loads((ROOT / "benchmarks" / "results" / "kernels_aarch64.json").read_text())
     kernels = [row for row in data["kernels"] if row["arch"] not in COMMON]
     kernels += aarch64["kernels"]
+    lines = []
     for arch in dict.fromkeys(row["arch"] for row in kernels):
         rows = [row for row in kernels if row["arch"] == arch]
         passes = dict.fromkeys(row["pass"] for row in rows)
@@ -42,11 +47,9 @@ def support_table(data: dict) -> str:
         note = FAMILIES.get(arch, ", ".join(notes))
         # The rows of a GPU are one per head_dim, the last for all that are smaller.
         most = min(max(r["max_head_dim"] for r in rows if r["pass"] == name) for name in passes)
-        lines.append(
-            f"| `{arch}`{f' ({note})' if note else ''} | {', '.join(passes)} "
-            f"| {', '.join(dtypes)} | 1 to {most} |"
-        )
-    return "\n".join(lines)
+        name = f"`{arch}`{f' ({note})' if note else ''}"
+        lines.append([name, ", ".join(passes), ", ".join(dtypes), f"1 to {most}"])
+    return table(["kernels", "passes", "tensors", "head_dim"], lines)
 
 
 def cpu_table(data: dict, part: str) -> str:
@@ -78,13 +81,13 @@ def short_name(result: dict) -> str:
 
 def cpu_machines(machines: list[dict]) -> str:
     """What the other tables call a machine, and what ran on it."""
-    titles = ["", "CPU", "threads", "kernels", "torch", "date", "commit"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    head = ["", "CPU", "threads", "kernels", "torch", "date", "commit"]
+    rows = []
     for result in machines:
         m = result["machine"]
         row = [short_name(result), m["cpu"], m["threads"], f"`{m['kernels']}`", m["torch"]]
-        lines.append(f"| {' | '.join([*row, m['date'], '`' + m['commit'] + '`'])} |")
-    return "\n\n".join(["\n".join(lines), commands(machines)])
+        rows.append([*row, m["date"], f"`{m['commit']}`"])
+    return "\n\n".join([table(head, rows), commands(machines)])
 
 
 def ran_on(result: dict) -> str:
@@ -107,12 +110,11 @@ def beside(
 ) -> str:
     """A column per CPU, and a line for what any of them has: `head` names what its key says."""
     columns = [rows_of(result) for result in machines]
-    titles = [*head, *map(short_name, machines)]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for key in dict.fromkeys(key for column in columns for key in column):
-        row = [*key, *(column.get(key, "-") for column in columns)]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return table(
+        [*head, *map(short_name, machines)],
+        ([*key, *(column.get(key, "-") for column in columns)] for key in keys),
+    )
 
 
 def in_main_table(cell: dict) -> bool:
@@ -125,17 +127,13 @@ def in_main_table(cell: dict) -> bool:
 
 
 def cpu_main(result: dict) -> str:
-    lines = [
-        "| work | shape | dtype | heed ms | torch SDPA ms | speed-up | heed's share of the limit |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {c['work']} | {c['shape']} | {c['dtype']} | {c['heed_ms']:.2f} | {c['torch_ms']:.2f} "
-        f"| **{c['ratio']:.2f}x** | {c['share']:.0%} of {c['bound']} |"
-        for c in result["cells"]
-        if in_main_table(c)
-    ]
-    return "\n".join([*lines, "", f"{ran_on(result)}: {commands([result])}"])
+    head = ["work", "shape", "dtype", "heed ms", "torch SDPA ms", "speed-up"]
+    rows = []
+    for c in filter(in_main_table, result["cells"]):
+        row = [c["work"], c["shape"], c["dtype"], f"{c['heed_ms']:.2f}", f"{c['torch_ms']:.2f}"]
+        rows.append([*row, f"**{c['ratio']:.2f}x**", f"{c['share']:.0%} of {c['bound']}"])
+    shares = table([*head, "heed's share of the limit"], rows)
+    return f"{shares}\n\n{ran_on(result)}: {commands([result])}"
 
 
 def cpu_cells(result: dict) -> dict[tuple[str, ...], str]:
@@ -166,12 +164,11 @@ def cpu_decode(result: dict) -> str:
                 [*parts, f"**{c['ratio']:.1f}x**"]
             )
     keys = sorted({key for _, key in cells})
-    titles = ["dtype", "heads", "queries", *(f"{key} keys" for key in keys)]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for line in dict.fromkeys(line for line, _ in cells):
-        row = [*line, *(cells.get((line, key), "-") for key in keys)]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+    lines = dict.fromkeys(line for line, _ in cells)
+    return table(
+        ["dtype", "heads", "queries", *(f"{key} keys" for key in keys)],
+        ([*line, *(cells.get((line, key), "-") for key in keys)] for line in lines),
+    )
 
 
 def cpu_short(result: dict) -> str:
@@ -179,11 +176,11 @@ def cpu_short(result: dict) -> str:
     short = [c for c in result["cells"] if c["work"] == "short"]
     cells = {(c["dtype"], *c["shape"].split()[:2]): c for c in short}
     batches = list(dict.fromkeys(key[1] for key in cells))
-    lines = [f"| | {' | '.join(batches)} |", "|---" * (len(batches) + 1) + "|"]
+    rows = []
     for dtype, length in dict.fromkeys((key[0], key[2]) for key in cells):
         ratios = [f"{cells[dtype, batch, length]['ratio']:.2f}x" for batch in batches]
-        lines.append(f"| {length} {dtype} | {' | '.join(ratios)} |")
-    return "\n".join(lines)
+        rows.append([f"{length} {dtype}", *ratios])
+    return table(["", *batches], rows)
 
 
 def cpu_ratios(result: dict) -> dict[tuple[str, ...], str]:
@@ -249,18 +246,16 @@ def gpu_caption(m: dict) -> str:
 def model_table(data: dict) -> str:
     """One line per cell with the attentions side by side, then where and how it was measured."""
     names = list(dict.fromkeys(name for cell in data["cells"] for name in cell["ms"]))
-    lines = [
-        f"| work | shape | {' | '.join(f'{name} ms' for name in names)} | speed-up over sdpa |",
-        "|---|---|" + "---|" * (len(names) + 1),
-    ]
+    head = ["work", "shape", *(f"{name} ms" for name in names), "speed-up over sdpa"]
+    rows = []
     for cell in data["cells"]:
         ms = cell["ms"]
         times = [
             "-" if not (t := ms.get(n)) else f"{t:.0f}" if t >= 100 else f"{t:.3g}" for n in names
         ]
         ratio = f"**{ms['sdpa'] / ms['heed']:.2f}x**" if ms["sdpa"] and ms["heed"] else "-"
-        lines.append(f"| {' | '.join([cell['work'], cell['shape'], *times, ratio])} |")
-    return "\n".join([*lines, "", gpu_caption(data["machine"])])
+        rows.append([cell["work"], cell["shape"], *times, ratio])
+    return f"{table(head, rows)}\n\n{gpu_caption(data['machine'])}"
 
 
 def serving_table(data: dict) -> str:
@@ -270,7 +265,7 @@ def serving_table(data: dict) -> str:
     judged = all("judged" in cell for cell in data["cells"])  # not in results before 2026-11-25
     if judged:
         head += [f"{name}: fp32's tokens, worst behind" for name in names]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for cell in data["cells"]:
         rate = cell["requests_per_s"]
         rates = [f"{rate[name]:.3g}" if name in rate else "-" for name in names]
@@ -279,18 +274,18 @@ def serving_table(data: dict) -> str:
         for name in names if judged else ():
             told = cell["judged"][name]
             row.append(f"{told['same']:.1%}, {told['behind']:.2g}")
-        lines.append(f"| {' | '.join(row)} |")
+        rows.append(row)
     m = data["machine"]
     threads = "1 thread" if m.get("threads") == "1" else f"{m.get('threads')} threads"
     where = m.get("gpu") or f"{m['cpu']}, {threads}, kernels `{m['kernels']}`"
-    return "\n".join([*lines, "", caption(m, where)])
+    return f"{table(head, rows)}\n\n{caption(m, where)}"
 
 
 def scaling_table(data: dict) -> str:
     """One line per sequence length, number of GPUs and kernels, beside the same kernels on one."""
     names = {"heed": "heed", "torch": "PyTorch's flash"}
-    lines = ["| seqlen | GPUs | kernels | forward ms | x | forward and backward ms | x |"]
-    lines += ["|---" * 7 + "|"]
+    head = ["seqlen", "GPUs", "kernels", "forward ms", "x", "forward and backward ms", "x"]
+    rows = []
     alone = {cell["seqlen"]: cell for cell in data["cells"] if cell["gpus"] == 1}
     for cell in sorted(data["cells"], key=lambda c: (c["seqlen"], c["gpus"])):
         for name in (n for n in names if n in cell):
@@ -298,16 +293,16 @@ def scaling_table(data: dict) -> str:
             for work in ("forward", "training"):
                 ms = cell[name][work]
                 row += [f"{ms:.3g}", f"**{alone[cell['seqlen']][name][work] / ms:.2f}x**"]
-            lines.append(f"| {' | '.join(row)} |")
+            rows.append(row)
     heads, m = data["shape"], data["machine"]
     where = f"One row, {heads['heads']}/{heads['key_heads']} heads of {heads['head_dim']}, bf16. "
-    return "\n".join([*lines, "", where + gpu_caption(m)])
+    return f"{table(head, rows)}\n\n{where}{gpu_caption(m)}"
 
 
 def tests_table(data: dict) -> str:
     """One line per recorded test run."""
     head = ["run", "Python", "PyTorch", "Transformers", "system", "kernels", "passed", "skipped"]
-    lines = [f"| {' | '.join([*head, 'recorded'])} |", "|---" * (len(head) + 1) + "|"]
+    rows = []
     for run in data["runs"].values():
         system = [run["os"], f"glibc {run['glibc']}", run["processor"]]
         system += [f"{name} {run[name]}" for name in ("nvcc", "cuda", "gpu") if name in run]
@@ -316,9 +311,8 @@ def tests_table(data: dict) -> str:
         row += [", ".join(system), "; ".join(kernels)]
         row += [", ".join(f"{part['passed']} {part['kind']}" for part in run["parts"])]
         row += [str(sum(part["skipped"] for part in run["parts"]))]
-        row += [f"{run['date']}, `{run['commit']}`"]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append([*row, f"{run['date']}, `{run['commit']}`"])
+    return table([*head, "recorded"], rows)
 
 
 PEERS = {
@@ -342,15 +336,14 @@ def gpu_kernel_table(data: dict, part: str) -> str:
     head += ["ms", *(f"over {PEERS[p]}" for p in others)]
     by_tile = all("over_dense" in c for c in cells)
     head += ["per FLOP of its tiles, over dense causal"] if by_tile else []
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for c in cells:
         ms, rate = c["ms"], c["rate"]
         row = [c["work"], c["shape"], *(f"{rate[p]:.3g}" if p in rate else "-" for p in peers)]
         row += [f"{ms['heed']:.3g}"]
         row += [f"**{ms[p] / ms['heed']:.2f}x**" if p in ms else "-" for p in others]
-        row += [f"{c['over_dense']:.3f}"] if by_tile else []
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, "", gpu_caption(data["passes"][part]["machine"])])
+        rows.append(row + ([f"{c['over_dense']:.3f}"] if by_tile else []))
+    return f"{table(head, rows)}\n\n{gpu_caption(data['passes'][part]['machine'])}"
 
 
 def gpu_summary(data: dict) -> str:
@@ -358,18 +351,17 @@ def gpu_summary(data: dict) -> str:
     present = {name for run in passes.values() for cell in run["cells"] for name in cell["ms"]}
     peers = [p for p in PEERS if p in present - {"heed", "cublas"}]
     head = ["pass", "cells", *(f"over {PEERS[p]}" for p in peers), "commit"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name, run in passes.items():
         row = [name, str(len(run["cells"]))]
         for peer in peers:
             ratios = [c["ms"][peer] / c["ms"]["heed"] for c in run["cells"] if peer in c["ms"]]
             mean = f"**{statistics.geometric_mean(ratios):.2f}x**" if ratios else "-"
             row.append(f"{mean} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-")
-        row.append(f"`{run['machine']['commit']}`")
-        lines.append(f"| {' | '.join(row)} |")
+        rows.append([*row, f"`{run['machine']['commit']}`"])
     m = next(iter(passes.values()))["machine"]
     where = f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, cuDNN {m['cudnn']}, {m['date']}"
-    return "\n".join([*lines, "", f"Geometric means. {where}: `make bench-gpu`"])
+    return f"{table(head, rows)}\n\nGeometric means. {where}: `make bench-gpu`"
 
 
 def counter_table(data: dict) -> str:
@@ -377,14 +369,14 @@ def counter_table(data: dict) -> str:
     peers = [p for p in PEERS if any(p in c["peers"] for c in data["cells"])]
     names = list(data["cells"][0]["peers"]["heed"])
     head = ["case", *(f"{name}, {' / '.join(PEERS[p] for p in peers)}" for name in names)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for c in data["cells"]:
         values = [
             " / ".join(f"{c['peers'][p][name]:.3g}" if p in c["peers"] else "-" for p in peers)
             for name in names
         ]
-        lines.append(f"| {' | '.join([c['shape'], *values])} |")
-    return "\n".join([*lines, "", gpu_caption(data["machine"])])
+        rows.append([c["shape"], *values])
+    return f"{table(head, rows)}\n\n{gpu_caption(data['machine'])}"
 
 
 def cuda_build_table(data: dict, part: str) -> str:
@@ -393,16 +385,16 @@ def cuda_build_table(data: dict, part: str) -> str:
     m, t, limits = data["machine"], data["totals"], data["limits"]
     where = f"nvcc {m['nvcc']}, {m['date']}, commit `{m['commit']}`: `{m['command']}`"
     if part == "totals":
-        lines = ["| | measured | limit |", "|---|---|---|"]
-        lines += [
-            f"| whole build, {m['jobs']} jobs | {t['minutes']:.1f} min | {limits['minutes']} min |",
-            f"| CUDA files ({t['files']}), CPU time together | {t['cuda_cpu_minutes']:.1f} min | |",
-            f"| slowest file, CPU time | {t['file_seconds']:.1f} s | {limits['file_seconds']} s |",
-            f"| largest compiler process | {t['file_mb']} MB | {limits['file_mb']} MB |",
-            f"| `_heed.so`, stripped | {t['library_mb']:.1f} MB | {limits['library_mb']} MB |",
+        whole, files = f"whole build, {m['jobs']} jobs", f"CUDA files ({t['files']})"
+        costs = [
+            [whole, f"{t['minutes']:.1f} min", f"{limits['minutes']} min"],
+            [f"{files}, CPU time together", f"{t['cuda_cpu_minutes']:.1f} min", ""],
+            ["slowest file, CPU time", f"{t['file_seconds']:.1f} s", f"{limits['file_seconds']} s"],
+            ["largest compiler process", f"{t['file_mb']} MB", f"{limits['file_mb']} MB"],
+            ["`_heed.so`, stripped", f"{t['library_mb']:.1f} MB", f"{limits['library_mb']} MB"],
         ]
         on = f"{m['cpu']}, load average {m['load']}, GPUs `{m['archs']}`"
-        return "\n".join([*lines, "", f"{on}, {where}"])
+        return f"{table(['', 'measured', 'limit'], costs)}\n\n{on}, {where}"
     family, _, of_pass = (part or "sm80").partition("_")
     code = {"sm80": "sm_90", "sm90": "sm_90a"}[family]
     scores = ["plain", "softcap", "general"]
@@ -410,7 +402,7 @@ def cuda_build_table(data: dict, part: str) -> str:
         scores = ["plain"] if of_pass == "backward" else ["plain", "softcap"]
     head = ["pass", "head_dim", "tile", "warps", "shared memory", "registers"]
     head += [f"spill bytes, {score}" for score in scores]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     groups: dict[tuple, list[dict]] = {}
     for k in data["kernels"]:
         if k.get("family") == family and code in k["archs"]:
@@ -440,10 +432,8 @@ def cuda_build_table(data: dict, part: str) -> str:
                 spills.append(str(max((c["spill_bytes"] for c in of_score), default="-")))
             registers = max(k["archs"][code]["registers"] for k in group)
             row = [name, str(dim), size, str(warps), f"{smem / 1024:.0f} KB" if smem else "-"]
-            lines.append(f"| {' | '.join([*row, str(registers), *spills])} |")
-    return "\n".join(
-        [*lines, "", f"Stores and loads together, the larger of bf16 and f16. {where}"]
-    )
+            rows.append([*row, str(registers), *spills])
+    return f"{table(head, rows)}\n\nStores and loads together, the larger of bf16 and f16. {where}"
 
 
 PASSES = ["forward", "forward_short", "forward_narrow", "decode", "decode_compact", "decode_wide"]

@@ -217,8 +217,8 @@ class DecodeKernel {
     }
   }
 
-  // Makes `own` what of the scratch is the task's head i; where the keys are split, outputs are added
-  // up where they are merged.
+  // Makes `own` what of the scratch is the task's head i; where the keys are split, outputs are
+  // added up where they are merged.
   void take_head(Scratch& own, const Scratch& w, const SequenceSlice& at, std::int64_t head,
                  std::int64_t i, int split) const {
     own.q = w.q + i * rows_ * q_words_;
@@ -331,8 +331,8 @@ class DecodeKernel {
     const bool dropped = p_.dropout.probability > 0.f;
     for (int r = first; r < rows; ++r) {
       const bool biased{p_.bias};  // heads and rows are divisions
-      transform_.apply(w.s + r * kKeys, nullptr, columns, live_columns(limits[r], key0, columns), at,
-                       biased ? head_of(at, head, r) : 0, biased ? r % at.q.length : 0, key0);
+      transform_.apply(w.s + r * kKeys, nullptr, columns, live_columns(limits[r], key0, columns),
+                       at, biased ? head_of(at, head, r) : 0, biased ? r % at.q.length : 0, key0);
     }
     for (int r = first; r < rows; r += Isa::kLanes)
       softmax_rows<Operand>(w.s + r * kKeys, kKeys, r, std::min(rows - r, Isa::kLanes), columns,
