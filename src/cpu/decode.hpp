@@ -32,8 +32,8 @@ class DecodeKernel {
   // loop and what it asks memory for are a third of its instructions otherwise.
   static constexpr int kTurn = kWide == 2 && Operand::kDepth == 1 ? 2 : 1;
   static constexpr int kKeyGroup = std::max(kWide, Operand::kDepthStep);  // keys of a product
-  // The same for so few rows that kWide sums of each would wait for their own latency. More read
-  // memory in too many places at once.
+  // Keys of S, or vectors of O, at a time for so many rows: kWide sums of one or two rows would
+  // wait for their own latency. More than four read memory in too many places at once.
   static constexpr int at_once(int rows) { return rows <= 2 ? 4 : kWide; }
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
