@@ -28,12 +28,20 @@ class DecodeKernel {
   // kTogether rows x kWide accumulators: keys of S at a time, vectors of O at a time.
   static constexpr int kWide = Isa::kMicroRows >= 12 ? 4 : 2;
   static constexpr int kTogether = Isa::kMicroRows == 6 ? 6 : 4;
-  // Words of depth, or of keys, of one turn of a product's loop. Two of few vectors, because the
-  // loop and what it asks memory for are a third of its instructions otherwise.
-  static constexpr int kTurn = kWide == 2 && Operand::kDepth == 1 ? 2 : 1;
-  static constexpr int kKeyGroup = std::max(kWide, Operand::kDepthStep);  // keys of a product
+  // Words of depth, or of keys, of one turn of a product's loop of so many rows. Several of few
+  // vectors, because the loop and what it asks memory for are a third of its instructions
+  // otherwise; fewer where the rows are few, so that memory is asked for more evenly.
+  static constexpr int turn_of(int rows) {
+    return kWide > 2 || Operand::kDepth > 1 ? 1 : rows <= 2 ? 2 : 4;
+  }
+  static constexpr int kKeyGroup = std::max(4, Operand::kDepthStep);  // keys that a product needs
+  // Rows of a block, a lane each: two vectors of them where registers are few, so that a word of a
+  // key serves two multiply-adds as in the packed products.
+  static constexpr int kBlockVectors = Isa::kMicroRows >= 12 ? 1 : 2;
+  static constexpr int kBlock = kBlockVectors * Isa::kLanes;
   // Keys of S, or vectors of O, at a time for so many rows: kWide sums of one or two rows would
-  // wait for their own latency. More than four read memory in too many places at once.
+  // wait for their own latency. More than four read memory in too many places at once. A divisor of
+  // kKeyGroup.
   static constexpr int at_once(int rows) { return rows <= 2 ? 4 : kWide; }
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
@@ -49,9 +57,9 @@ class DecodeKernel {
  private:
   struct Scratch {
     Word* q;          // [task_heads_][rows][q_words_], padded to whole vectors
-    Word* q_blocks;   // [task_heads_][blocks_][q_depth_][kLanes]: rows whose scores are a lane each
+    Word* q_blocks;   // [task_heads_][blocks_][q_depth_][kBlock]: rows whose scores are a lane each
     Word* k;          // [kWordKeys or kKeyGroup][q_words_]: keys that are not words in memory
-    float* s_blocks;  // [blocks_][kKeys][kLanes], then their P: [blocks_][a word of keys][kLanes]
+    float* s_blocks;  // [blocks_][kKeys][kBlock], then their P: [blocks_][a word of keys][kBlock]
     Word* v;          // by tiles, [o_columns_ / kPanel][kKeys / 2][kPanel]: pairs of keys
     float* s;         // [rows][kKeys]
     Word* p;          // the words of S; S itself where they are floats
@@ -115,7 +123,7 @@ class DecodeKernel {
     s.k = layout.add<Word>(blocks_ == 0 ? 0 : std::max(kWordKeys, kKeyGroup) * q_words_);
     s.v = layout.add<Word>(kTiles ? kKeys / 2 * std::int64_t{o_columns_} : 0);
     s.s = layout.add<float>(std::int64_t{rows_} * kKeys);
-    s.s_blocks = layout.add<float>(std::int64_t{blocks_} * kKeys * Isa::kLanes);
+    s.s_blocks = layout.add<float>(std::int64_t{blocks_} * kKeys * kBlock);
     if constexpr (C::kPairs) {
       s.p = layout.add<Word>(std::int64_t{o_rows_} * kLdp);
     } else {
@@ -173,13 +181,13 @@ class DecodeKernel {
     const int end = std::min(
         at.k.length, static_cast<int>(std::int64_t{steps} * (split + 1) / splits_) * step_keys);
     RowLimits limits[kMaxRows];
-    Span common[kMaxRows / Isa::kLanes];  // what all rows of a block see
-    std::fill_n(common, kMaxRows / Isa::kLanes, Span{begin, end});
+    Span common[kMaxRows / kBlock];  // what all rows of a block see
+    std::fill_n(common, kMaxRows / kBlock, Span{begin, end});
     Span seen{end, begin};
     for (int r = 0; r < rows; ++r) {
       const RowLimits row = row_limits(p_.band, at, p_.intervals, r % at.q.length);
       limits[r] = {std::max(row.first, begin), std::min(row.end, end)};
-      Span& all = common[r / Isa::kLanes];
+      Span& all = common[r / kBlock];
       all = {std::max(all.begin, limits[r].first), std::min(all.end, limits[r].end)};
       if (limits[r].first >= limits[r].end) continue;
       seen = {std::min(seen.begin, limits[r].first), std::max(seen.end, limits[r].end)};
@@ -189,17 +197,16 @@ class DecodeKernel {
     int now = 0;
     const int first = seen.begin / step_keys * step_keys;
     find_rows(turns[now], w.nothing, at, head0, seen, first, step_keys);
-    LinesAhead(turns[now].k, turns[now].live, p_.q.head_dim(), /*turns=*/1).ask();
-    LinesAhead(turns[now].v, turns[now].live, p_.v.head_dim(), /*turns=*/1).ask();
+    KeysAndValues first_runs = runs_of(turns[now]);
+    LinesAhead(first_runs).ask_all();
     const int in_blocks = rows_in_blocks(rows);
     Scratch own = w;
     for (std::int64_t head = head0; head < head_end; ++head) {
       take_head(own, w, at, head, head - head0, split);
       for (int r = in_blocks; r < rows; ++r)
         load_words_of(query(limits[r], at, head, r), own.q + r * q_words_);
-      pack_transposed<Operand, Isa::kLanes>([&](int r) { return query(limits[r], at, head, r); },
-                                            in_blocks, static_cast<int>(p_.q.head_dim()),
-                                            own.q_blocks);
+      pack_transposed<Operand, kBlock>([&](int r) { return query(limits[r], at, head, r); },
+                                       in_blocks, static_cast<int>(p_.q.head_dim()), own.q_blocks);
       std::fill_n(own.o, std::int64_t{rows} * o_columns_, 0.f);
       *own.statistics = {};
     }
@@ -236,9 +243,14 @@ class DecodeKernel {
   }
 
   void load_words_of(const Element* row, Word* words) const {
-    for (int word = 0; word < q_words_; word += Isa::kLanes)
-      Isa::store(reinterpret_cast<float*>(words + word),
-                 load_words<Operand>(row, word, static_cast<int>(p_.q.head_dim())));
+    const int columns = static_cast<int>(p_.q.head_dim());
+    int word = 0;
+    if (row != nullptr)
+      for (; (word + Isa::kLanes) * Operand::kDepth <= columns; word += Isa::kLanes)
+        Isa::store(reinterpret_cast<float*>(words + word),
+                   load_whole<Operand>(row + word * Operand::kDepth));
+    for (; word < q_words_; word += Isa::kLanes)
+      Isa::store(reinterpret_cast<float*>(words + word), load_words<Operand>(row, word, columns));
   }
 
   void store_part(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
@@ -292,6 +304,110 @@ class DecodeKernel {
     }
   }
 
+  // Runs of bytes of a step: rows, or all rows where they are neighbours in memory.
+  struct Runs {
+    Runs(const Element* const* rows, const Block& block, std::int64_t columns, std::int64_t stride)
+        : bytes(columns * static_cast<std::int64_t>(sizeof(Element))) {
+      const Span span = block.strided.empty() ? block.live : block.strided;
+      row = rows + span.begin;
+      count = span.end - span.begin;
+      if (!block.strided.empty() && stride == columns) {
+        bytes *= count;
+        count = 1;
+      }
+      if (count > 0) begin();
+    }
+    void begin() {
+      line = reinterpret_cast<const char*>(*row);
+      end = line + bytes;
+    }
+    // After the last run it begins again.
+    void move_on(std::int64_t some) {
+      line += some;
+      if (line < end) return;
+      if (count > 1) {
+        --count;
+        ++row;
+      }
+      begin();
+    }
+
+    const Element* const* row;
+    std::int64_t bytes;
+    const char* line = nullptr;
+    const char* end = nullptr;
+    int count;  // from here on
+  };
+  struct KeysAndValues {
+    Runs keys, values;
+  };
+  KeysAndValues runs_of(const Block& block) const {
+    return {{block.k, block, p_.k.head_dim(), p_.k.seqlen_stride()},
+            {block.v, block, p_.v.head_dim(), p_.v.seqlen_stride()}};
+  }
+
+  // The lines of a step's keys and values, asked for a step before they are needed: in the order of
+  // memory, one of keys and one of values by turns, and evenly over the turns that the products
+  // take. Memory then works while the products do. In bursts the prefetches fill the queue of
+  // misses, and the product stands still; in any other order the hardware does not see a stream.
+  // They go to L2, which has room for more misses than L1.
+  class LinesAhead {
+   public:
+    explicit LinesAhead(KeysAndValues& runs) : runs_(&runs), asks_(asks_of(runs)) {
+      if (asks_ > 0) begin();
+    }
+    // Half of them over a product of so many turns.
+    void spread(int turns) {
+      due_ = std::max(2 * turns, 1);
+      left_ = due_;
+    }
+    // What takes the time of several turns counts as so many.
+    [[gnu::always_inline]] void ask(int turns = 1) {
+      for (left_ -= asks_ * turns; left_ < 0; left_ += due_) ask_next();
+    }
+    void ask_all() {
+      for (int i = 0; i < asks_; ++i) ask_next();
+    }
+
+   private:
+    static constexpr int kLine = 64;
+    static constexpr int kIntoL2 = 2;
+
+    static int asks_of(const KeysAndValues& runs) {
+      const auto lines = [](const Runs& some) {
+        return some.count * static_cast<int>((some.bytes + kLine - 1) / kLine);
+      };
+      return std::max(lines(runs.keys), lines(runs.values));
+    }
+    [[gnu::always_inline]] void ask_next() {
+      __builtin_prefetch(key_, 0, kIntoL2);
+      __builtin_prefetch(key_ + to_value_, 0, kIntoL2);
+      key_ += kLine;
+      if (key_ >= end_) next_run();
+    }
+    // From here on a line of values is as far from one of keys, up to the end of either's run.
+    void begin() {
+      key_ = runs_->keys.line;
+      to_value_ = runs_->values.line - key_;
+      end_ = key_ + std::min(runs_->keys.end - key_, runs_->values.end - runs_->values.line);
+    }
+    void next_run() {
+      asm("" : "+m"(*runs_));  // leaves the registers to the products
+      const std::int64_t bytes = key_ - runs_->keys.line;
+      runs_->keys.move_on(bytes);
+      runs_->values.move_on(bytes);
+      begin();
+    }
+
+    const char* key_ = nullptr;  // the next line of keys
+    const char* end_ = nullptr;
+    std::ptrdiff_t to_value_ = 0;
+    KeysAndValues* runs_;
+    int asks_;     // in all: what a turn pays
+    int due_ = 1;  // what asking costs: the turns of both products
+    int left_ = 1;
+  };
+
   void step(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
             const RowLimits* limits, const Span* common, const Block& block, const Block& next,
             int key0) const {
@@ -300,25 +416,26 @@ class DecodeKernel {
     const int blocks = blocks_of(rows);
     const int in_blocks = rows_in_blocks(rows);
     const int others = ceil_div(rows - in_blocks, kTogether);  // groups of rows
+    KeysAndValues runs = runs_of(next);
+    LinesAhead ahead(runs);
     if constexpr (kTiles) {
-      score_tiles(w, block, next, blocks);
+      score_tiles(w, block, ahead, blocks);
     } else {
-      LinesAhead keys_ahead(
-          next.k, next.live, p_.q.head_dim(),  // a turn for each key and kChains words or a vector
-          keys * (blocks * q_depth_ / kChains + others * ceil_div(q_words_, kTurn * Isa::kLanes)));
-      if (blocks > 0) score_blocks(w, block, blocks, keys_ahead);
+      // A turn for each key and kChains words or a vector.
+      ahead.spread(keys * (blocks * q_depth_ / kChains + others * ceil_div(q_words_, Isa::kLanes)));
+      if (blocks > 0) score_blocks(w, block, blocks, ahead);
       for_groups(in_blocks, rows, [&](auto count, int r) {
-        score_rows<decltype(count)::value>(w.q + r * q_words_, block, keys_ahead, w.s + r * kKeys);
+        score_rows<decltype(count)::value>(w.q + r * q_words_, block, ahead, w.s + r * kKeys);
       });
     }
-    for (int r = 0; r < in_blocks; r += Isa::kLanes)
-      softmax_block(w, block, at, head, r, std::min(rows - r, Isa::kLanes), limits + r,
-                    common[r / Isa::kLanes], key0);
+    for (int r = 0; r < in_blocks; r += kBlock)
+      softmax_block(w, block, at, head, r, std::min(rows - r, kBlock), limits + r,
+                    common[r / kBlock], key0);
     softmax_others(w, block, at, head, in_blocks, rows, limits, key0);
     if constexpr (kTiles) {
-      value_tiles(w, block, next, rows, statistics.rescaled);
+      value_tiles(w, block, ahead, rows, statistics.rescaled);
     } else {
-      value_groups(w, block, next, rows, statistics.rescaled);
+      value_groups(w, block, ahead, rows, statistics.rescaled);
     }
   }
 
@@ -355,24 +472,26 @@ class DecodeKernel {
     const Span keys = block.live;
     const bool dropped = p_.dropout.probability > 0.f;
     if (!transform_.plain) {
-      transform_.scale_and_cap(s, nullptr, {keys.begin * Isa::kLanes, keys.end * Isa::kLanes});
+      transform_.scale_and_cap(s, nullptr, {keys.begin * kBlock, keys.end * kBlock});
       if (p_.bias)
         for (int lane = 0; lane < rows; ++lane) {
           const int r = first + lane;
           std::fill(w.of_row + keys.begin, w.of_row + keys.end, 0.f);
           transform_.add_bias(w.of_row, live_columns(limits[lane], key0, keys), at,
                               head_of(at, head, r), r % at.q.length, key0);
-          for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] += w.of_row[i];
+          for (int i = keys.begin; i < keys.end; ++i) s[i * kBlock + lane] += w.of_row[i];
         }
     }
     hide(s, keys, at, rows, limits, common, key0);
-    softmax_lanes<Operand>(s, keys, first, transform_.factor(), *w.statistics, dropped);
+    for (int lane = 0; lane < kBlock; lane += Isa::kLanes)
+      softmax_lanes<Operand, kBlock>(s + lane, keys, first + lane, transform_.factor(),
+                                     *w.statistics, dropped);
     if (dropped) {
       for (int lane = 0; lane < rows; ++lane) {
         const int r = first + lane;
         dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length, key0 + keys.begin,
                      keys.end - keys.begin, w.of_row + keys.begin);
-        for (int i = keys.begin; i < keys.end; ++i) s[i * Isa::kLanes + lane] *= w.of_row[i];
+        for (int i = keys.begin; i < keys.end; ++i) s[i * kBlock + lane] *= w.of_row[i];
       }
       if constexpr (C::kPairs)
         for (int i = keys.begin; i < keys.end; i += 2)
@@ -391,28 +510,31 @@ class DecodeKernel {
                    std::min(common.end - key0, keys.end)};
     if (all.begin > keys.begin || all.end < keys.end) {
       using Ints [[gnu::vector_size(sizeof(Vec))]] = int;
-      int firsts[Isa::kLanes], ends[Isa::kLanes];
-      for (int lane = 0; lane < Isa::kLanes; ++lane) {
+      int firsts[kBlock], ends[kBlock];
+      for (int lane = 0; lane < kBlock; ++lane) {
         firsts[lane] = limits[std::min(lane, rows - 1)].first - key0;
         ends[lane] = limits[std::min(lane, rows - 1)].end - key0;
       }
-      Ints first, end;
-      std::memcpy(&first, firsts, sizeof first);
-      std::memcpy(&end, ends, sizeof end);
+      Ints first[kBlockVectors], end[kBlockVectors];
+      std::memcpy(first, firsts, sizeof first);
+      std::memcpy(end, ends, sizeof end);
       for (int i = keys.begin; i < keys.end; ++i) {
         if (all.begin <= i && i < all.end) continue;
-        const Ints sees = (first <= Ints{} + i) & (Ints{} + i < end);
-        Isa::store(s + i * Isa::kLanes, sees ? Isa::load(s + i * Isa::kLanes) : hidden);
+        for (int v = 0; v < kBlockVectors; ++v) {
+          float* const scores = s + i * kBlock + v * Isa::kLanes;
+          const Ints sees = (first[v] <= Ints{} + i) & (Ints{} + i < end[v]);
+          Isa::store(scores, sees ? Isa::load(scores) : hidden);
+        }
       }
     }
     const int last = std::min(keys.end, at.k.length - key0);
     if (!all_keys_valid(p_.intervals, at, key0 + keys.begin, key0 + last))
       for (int i = keys.begin; i < last; ++i)
-        if (!key_valid(p_.intervals, at, key0 + i)) Isa::store(s + i * Isa::kLanes, hidden);
+        if (!key_valid(p_.intervals, at, key0 + i)) std::fill_n(s + i * kBlock, kBlock, -kInfinity);
   }
 
   // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i], a few rows at a time.
-  void value_groups(const Scratch& w, const Block& block, const Block& next, int rows,
+  void value_groups(const Scratch& w, const Block& block, LinesAhead& ahead, int rows,
                     const float* rescaled) const {
     const int keys = block.live.end - block.live.begin;
     const int in_blocks = rows_in_blocks(rows);
@@ -420,19 +542,17 @@ class DecodeKernel {
     constexpr bool kPaired = kWide == 4 && !std::is_same_v<Element, float>;
     const int paired = kPaired ? rows / 8 * 8 : 0;
     const auto turns = [&](int groups, int vectors) {
-      return groups * (keys / (kTurn * Operand::kDepth)) *
+      return groups * (keys / Operand::kDepth) *
              ceil_div(static_cast<int>(p_.v.head_dim()), vectors * Isa::kLanes);
     };
-    LinesAhead values_ahead(
-        next.v, next.live, p_.v.head_dim(),
-        turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), at_once(rows)));
+    ahead.spread(turns(paired / 8, 2) + turns(ceil_div(rows - paired, kTogether), at_once(rows)));
     const auto values = [&](auto count, auto vectors, auto lanes, int r) {
       constexpr bool kLanesP = decltype(lanes)::value;
       const Word* p = kLanesP ? reinterpret_cast<const Word*>(w.s_blocks) +
-                                    r / Isa::kLanes * (kKeys * Isa::kLanes) + r % Isa::kLanes
+                                    r / kBlock * (kKeys * kBlock) + r % kBlock
                               : w.p + r * kLdp;
       value_rows<decltype(count)::value, decltype(vectors)::value, kLanesP>(
-          p, block, values_ahead, rescaled + r, w.o + std::int64_t{r} * o_columns_, 0);
+          p, block, ahead, rescaled + r, w.o + std::int64_t{r} * o_columns_, 0);
     };
     const auto pairs = [&](auto lanes, int r, int end) {
       if constexpr (kPaired)
@@ -446,56 +566,10 @@ class DecodeKernel {
       });
     };
     // Groups do not begin in one block and end in the next.
-    if constexpr (kWide == 4)
-      for (int r = pairs(std::true_type(), 0, in_blocks); r < in_blocks; r += kTogether)
-        groups(std::true_type(), r, std::min(r + kTogether, in_blocks));
+    for (int r = pairs(std::true_type(), 0, in_blocks); r < in_blocks; r += kBlock)
+      groups(std::true_type(), r, std::min(r + kBlock, in_blocks));
     groups(std::false_type(), pairs(std::false_type(), in_blocks, rows), rows);
   }
-
-  // The lines of rows, asked for in the order of memory and evenly over the `turns` that a product
-  // takes, a step before they are needed. Memory then works while the product does. In bursts the
-  // prefetches fill the queue of misses, and the product stands still; in any other order the
-  // hardware does not see a stream. They go to L2, which has room for more misses than L1.
-  class LinesAhead {
-   public:
-    LinesAhead(const Element* const* rows, Span live, std::int64_t columns, int turns)
-        : row_(rows + live.begin),
-          end_(rows + live.end),
-          row_bytes_(static_cast<int>(columns * static_cast<int>(sizeof(Element)))),
-          four_(ceil_div(row_bytes_, kLine) % 4 == 0),
-          due_(std::max(turns, 1)) {
-      asks_ = (live.end - live.begin) * ceil_div(row_bytes_, (four_ ? 4 : 2) * kLine);
-    }
-    // What takes the time of several turns counts as so many.
-    [[gnu::always_inline]] void ask(int turns = 1) {
-      for (paid_ += asks_ * turns; paid_ >= due_ && row_ != end_; paid_ -= due_) {
-        const char* const line = reinterpret_cast<const char*>(*row_) + at_;
-        __builtin_prefetch(line, 0, kIntoL2);
-        __builtin_prefetch(line + kLine, 0, kIntoL2);
-        at_ += 2 * kLine;
-        if (four_) {
-          __builtin_prefetch(line + 2 * kLine, 0, kIntoL2);
-          __builtin_prefetch(line + 3 * kLine, 0, kIntoL2);
-          at_ += 2 * kLine;
-        }
-        if (at_ < row_bytes_) continue;
-        at_ = 0;
-        ++row_;
-      }
-    }
-
-   private:
-    static constexpr int kLine = 64;
-    static constexpr int kIntoL2 = 2;
-    const Element* const* row_;
-    const Element* const* end_;
-    int row_bytes_;
-    bool four_;   // lines at once, else two
-    int due_;     // what asking costs: the turns there are
-    int asks_;    // in all: what a turn pays in
-    int at_ = 0;  // byte of the row
-    int paid_ = 0;
-  };
 
   // Rows [first, rows) in as few groups of up to kTogether as there can be, of equal sizes if they
   // can be: body(size as a constant, first row).
@@ -515,23 +589,22 @@ class DecodeKernel {
     body(std::integral_constant<int, kMost>());
   }
 
-  // How many blocks of kLanes rows have their scores computed a lane each: groups of 16 rows, and
-  // what is left at the end where it is as many as pay with AVX-512. AVX2 has too few registers.
+  // How many blocks of kBlock rows have their scores computed a lane each: groups of 16 rows, and
+  // what is left at the end where it is as many as pay.
   HEED_BASELINE static int blocks_of(int rows) {
-    constexpr int kGroup = 16, kFewest = kSameWords ? 10 : 13;
+    constexpr int kGroup = 16, kFewest = !kSameWords ? 13 : kBlockVectors == 1 ? 10 : 11;
     if (kTiles) return ceil_div(rows, kGroup);
-    if (kWide < 4) return 0;
     const int groups = (rows + kGroup - kFewest) / kGroup;
-    return ceil_div(std::min(rows, groups * kGroup), Isa::kLanes);
+    return ceil_div(std::min(rows, groups * kGroup), kBlock);
   }
-  static int rows_in_blocks(int rows) { return std::min(blocks_of(rows) * Isa::kLanes, rows); }
+  static int rows_in_blocks(int rows) { return std::min(blocks_of(rows) * kBlock, rows); }
   // Rows of P and O in a tile: all blocks have as many, so that there may be rows too many at the
   // end.
   HEED_BASELINE static int block_rows(int rows) {
     return ceil_div(std::max(rows, 1), std::max(blocks_of(rows), 1));
   }
   HEED_BASELINE std::int64_t block_words() const {
-    return std::int64_t{blocks_} * q_depth_ * Isa::kLanes;
+    return std::int64_t{blocks_} * q_depth_ * kBlock;
   }
 
   // s[r][i] = q[r] · k[i] for the rows of blocks. Keys that are not words in memory become words a
@@ -550,12 +623,12 @@ class DecodeKernel {
         keys[i] = words;
       }
       for (int b = 0; b < blocks;) {
-        const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * Isa::kLanes;
-        float* out = w.s_blocks + b * kKeys * Isa::kLanes;
-        if (blocks - b >= 4) {
+        const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * kBlock;
+        float* out = w.s_blocks + b * kKeys * kBlock;
+        if (kBlockVectors == 1 && blocks - b >= 4) {
           score_lanes<4>(q, keys, some, ahead, out);
           b += 4;
-        } else if (blocks - b >= 2) {
+        } else if (kBlockVectors == 1 && blocks - b >= 2) {
           score_lanes<2>(q, keys, some, ahead, out);
           b += 2;
         } else {
@@ -580,12 +653,12 @@ class DecodeKernel {
   }
 
   // The same by tiles: 32 keys are A, from where they stand if tiles can be read from there.
-  void score_tiles(const Scratch& w, const Block& block, const Block& next, int blocks) const {
+  void score_tiles(const Scratch& w, const Block& block, LinesAhead& ahead, int blocks) const {
     constexpr int kRows = Isa::kTileRows, kWords = Isa::kTileWords;
     const std::int64_t key_stride = p_.k.seqlen_stride();
     const bool whole_words = p_.q.head_dim() % Operand::kDepthStep == 0 && key_stride % 2 == 0;
     const int groups = (block.live.end - block.live.begin) / kKeyGroup;
-    LinesAhead ahead(next.k, next.live, p_.q.head_dim(), groups * blocks * q_depth_ / kWords);
+    ahead.spread(groups * blocks * q_depth_ / kWords);
     for (int i = block.live.begin; i < block.live.end; i += kKeyGroup) {
       const bool in_place =
           whole_words && block.strided.begin <= i && i + kKeyGroup <= block.strided.end;
@@ -616,16 +689,15 @@ class DecodeKernel {
   }
 
   // The same by tiles: the pairs of keys are B.
-  void value_tiles(const Scratch& w, const Block& block, const Block& next, int rows,
+  void value_tiles(const Scratch& w, const Block& block, LinesAhead& ahead, int rows,
                    const float* rescaled) const {
     constexpr int kWords = Isa::kTileWords, kStep = C::kPanel;
     constexpr int kZipTurns = 2, kTileTurns = 16;
     const int columns = static_cast<int>(p_.v.head_dim());
     const int keys = block.live.end - block.live.begin;
     const int blocks = blocks_of(rows), rows_of_block = block_rows(rows);
-    LinesAhead ahead(
-        next.v, next.live, columns,
-        keys / 2 * kZipTurns + ceil_div(columns, kStep) * blocks * keys / kKeyGroup * kTileTurns);
+    ahead.spread(keys / 2 * kZipTurns +
+                 ceil_div(columns, kStep) * blocks * keys / kKeyGroup * kTileTurns);
     scale_rows<Isa>(w.o, o_columns_, rows, o_columns_, rescaled);
     for (int i = block.live.begin; i < block.live.end; i += 2) {
       ahead.ask(kZipTurns);
@@ -665,17 +737,14 @@ class DecodeKernel {
   void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& keys_ahead,
                    float* out) const {
     LinesAhead ahead = keys_ahead;
-    int i = live.begin;
-    // Four blocks of queries do not stay in L1 beside the keys: the more keys share them the
+    // Four vectors of queries do not stay in L1 beside the keys: the more keys share them the
     // better.
-    if constexpr (kBlocks == 4)
-      for (; i + 2 * kManyKeys <= live.end; i += 2 * kManyKeys) {
-        score_keys<kBlocks, kManyKeys>(q, keys + i, ahead, out + i * Isa::kLanes);
-        score_keys<kBlocks, kManyKeys>(q, keys + i + kManyKeys, ahead,
-                                       out + (i + kManyKeys) * Isa::kLanes);
-      }
-    for (; i < live.end; i += kWide)
-      score_keys<kBlocks, kWide>(q, keys + i, ahead, out + i * Isa::kLanes);
+    constexpr int kMany = kBlocks == 4 || kBlockVectors == 2 ? kManyKeys : kKeyGroup;
+    int i = live.begin;
+    for (; (live.end - i) % kMany != 0; i += 4)
+      score_keys<kBlocks, 4>(q, keys + i, ahead, out + i * kBlock);
+    for (; i < live.end; i += kMany)
+      score_keys<kBlocks, kMany>(q, keys + i, ahead, out + i * kBlock);
     keys_ahead = ahead;
   }
 
@@ -683,38 +752,43 @@ class DecodeKernel {
   template <int kBlocks, int kCount>
   [[gnu::always_inline]] void score_keys(const Word* q, const void* const* keys, LinesAhead& ahead,
                                          float* out) const {
-    constexpr int kParts = kChains / kBlocks;  // of one sum
-    const std::int64_t panel = std::int64_t{q_depth_} * Isa::kLanes;
-    Vec acc[kParts][kBlocks][kCount] = {};
+    constexpr int kVectors = kBlocks * kBlockVectors;
+    constexpr int kWords = kChains / kBlocks;                // of a turn
+    constexpr int kParts = kBlockVectors == 2 ? 1 : kWords;  // of one sum
+    const std::int64_t panel = std::int64_t{q_depth_} * kBlock;
+    Vec acc[kParts][kVectors][kCount] = {};
     const auto add = [&](int at, int part) __attribute__((always_inline)) {
-      typename Operand::Wide y[kBlocks];
+      typename Operand::Wide y[kVectors];
 #pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; ++b) y[b] = Operand::load(q + b * panel + at * Isa::kLanes);
+      for (int v = 0; v < kVectors; ++v)
+        y[v] = Operand::load(q + v / kBlockVectors * panel + at * kBlock +
+                             v % kBlockVectors * Isa::kLanes);
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) {
         Word word;
         std::memcpy(&word, static_cast<const std::byte*>(keys[j]) + at * sizeof(Word),
                     sizeof(Word));
 #pragma GCC unroll 8
-        for (int b = 0; b < kBlocks; ++b)
-          acc[part][b][j] = Operand::mac(acc[part][b][j], word, y[b]);
+        for (int v = 0; v < kVectors; ++v)
+          acc[part][v][j] = Operand::mac(acc[part][v][j], word, y[v]);
       }
     };
     int at = 0;
-    for (; at + kParts <= q_depth_; at += kParts) {
+    for (; at + kWords <= q_depth_; at += kWords) {
       ahead.ask(kCount);
 #pragma GCC unroll 8
-      for (int part = 0; part < kParts; ++part) add(at + part, part);
+      for (int word = 0; word < kWords; ++word) add(at + word, word % kParts);
     }
     for (; at < q_depth_; ++at) add(at, 0);
 #pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b)
+    for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) {
-        Vec sum = acc[0][b][j];
+        Vec sum = acc[0][v][j];
 #pragma GCC unroll 8
-        for (int part = 1; part < kParts; ++part) sum = sum + acc[part][b][j];
-        Isa::store(out + (b * kKeys + j) * Isa::kLanes, sum);
+        for (int part = 1; part < kParts; ++part) sum = sum + acc[part][v][j];
+        Isa::store(out + (v / kBlockVectors * kKeys + j) * kBlock + v % kBlockVectors * Isa::kLanes,
+                   sum);
       }
   }
 
@@ -722,11 +796,8 @@ class DecodeKernel {
   template <int kRows>
   void score_rows(const Word* q, const Block& block, LinesAhead& keys_ahead, float* s) const {
     LinesAhead ahead = keys_ahead;
-    int i = block.live.begin;
-    for (; i + at_once(kRows) <= block.live.end; i += at_once(kRows))
+    for (int i = block.live.begin; i < block.live.end; i += at_once(kRows))
       score_some<kRows, at_once(kRows)>(q, block.k + i, ahead, s + i);
-    if constexpr (at_once(kRows) > kWide)
-      for (; i < block.live.end; i += kWide) score_some<kRows, kWide>(q, block.k + i, ahead, s + i);
     keys_ahead = ahead;
   }
 
@@ -751,11 +822,11 @@ class DecodeKernel {
           acc[r * kCount + j] = Operand::multiply_add(acc[r * kCount + j], y, x[j]);
       }
     };
-    constexpr int kTurnWords = kTurn * Isa::kLanes;
+    constexpr int kTurn = turn_of(kRows), kTurnWords = kTurn * Isa::kLanes;
     int word = 0;
     for (; (word + kTurnWords) * Operand::kDepth <= columns; word += kTurnWords) {
-      ahead.ask(kCount);
-#pragma GCC unroll 2
+      ahead.ask(kTurn * kCount);
+#pragma GCC unroll 4
       for (int part = 0; part < kTurnWords; part += Isa::kLanes) add(word + part, std::true_type());
     }
     for (; word < q_words_; word += Isa::kLanes) {
@@ -782,13 +853,13 @@ class DecodeKernel {
                   const float* rescaled, float* o, int first) const {
     // P of row r and a word of keys, by rows or by blocks.
     const auto weight_of = [&](int r, int i) __attribute__((always_inline)) {
-      if constexpr (kLanesP)
-        return p[r / Isa::kLanes * (kKeys * Isa::kLanes) + r % Isa::kLanes + i * Isa::kLanes];
+      if constexpr (kLanesP) return p[r / kBlock * (kKeys * kBlock) + r % kBlock + i * kBlock];
       return p[r * kLdp + i];
     };
     LinesAhead ahead = values_ahead;
     const int columns = static_cast<int>(p_.v.head_dim());
     constexpr int kStep = kVectors * Isa::kLanes;
+    constexpr int kTurn = turn_of(kRows);
     const auto panel = [&](int col, auto whole) __attribute__((always_inline)) {
       Vec acc[kRows][kVectors];
 #pragma GCC unroll 8
@@ -798,8 +869,8 @@ class DecodeKernel {
           acc[r][j] = Isa::load(o + std::int64_t{r} * o_columns_ + col + j * Isa::kLanes) *
                       Isa::broadcast(rescaled[r]);
       for (int i = block.live.begin; i < block.live.end;) {
-        ahead.ask();
-#pragma GCC unroll 2
+        ahead.ask(kTurn);
+#pragma GCC unroll 4
         for (int turn = 0; turn < kTurn; ++turn, i += Operand::kDepth) {
           typename Operand::Wide v[kVectors];
           load_values(block.v + i, col, columns, whole, v);

@@ -284,7 +284,7 @@ void softmax_rows(float* s, int lds, int first, int rows, Span columns, float fa
 
 // The same for kLanes rows from `first` on that are a lane each, s[key][lane], where nothing has to
 // be reduced. P becomes words, [word of keys][lane], where the scores were, or `plain` floats.
-template <class Operand, int kRows>
+template <class Operand, int kBlock, int kRows>
 void softmax_lanes(float* s, Span keys, int first, float factor,
                    RowStatistics<typename Operand::Isa, kRows>& all, bool plain) {
   using Isa = typename Operand::Isa;
@@ -294,26 +294,25 @@ void softmax_lanes(float* s, Span keys, int first, float factor,
   for (Vec& m : most) m = Isa::broadcast(-kInfinity);
   for (int i = keys.begin; i < keys.end; i += kChains)
 #pragma GCC unroll 4
-    for (int j = 0; j < kChains; ++j)
-      most[j] = Isa::max(Isa::load(s + (i + j) * Isa::kLanes), most[j]);
+    for (int j = 0; j < kChains; ++j) most[j] = Isa::max(Isa::load(s + (i + j) * kBlock), most[j]);
   take_most<Isa>(Isa::max(Isa::max(most[0], most[1]), Isa::max(most[2], most[3])), first, factor,
                  all);
   const Vec f = Isa::broadcast(factor), shift = Isa::load(all.shift + first);
   Vec sums[2] = {Isa::broadcast(0.f), Isa::broadcast(0.f)};
   for (int i = keys.begin; i < keys.end; i += 2) {
-    float* const at = s + i * Isa::kLanes;
+    float* const at = s + i * kBlock;
     const Vec even = exp2<Isa>(Isa::fma(Isa::load(at), f, shift));
-    const Vec odd = exp2<Isa>(Isa::fma(Isa::load(at + Isa::kLanes), f, shift));
+    const Vec odd = exp2<Isa>(Isa::fma(Isa::load(at + kBlock), f, shift));
     sums[0] = sums[0] + even;
     sums[1] = sums[1] + odd;
     if constexpr (Operand::kDepth == 2) {
       if (!plain) {
-        Isa::store_zipped(reinterpret_cast<std::uint32_t*>(s) + i / 2 * Isa::kLanes, even, odd);
+        Isa::store_zipped(reinterpret_cast<std::uint32_t*>(s) + i / 2 * kBlock, even, odd);
         continue;
       }
     }
     Isa::store(at, even);
-    Isa::store(at + Isa::kLanes, odd);
+    Isa::store(at + kBlock, odd);
   }
   take_sum<Isa>(sums[0] + sums[1], first, all);
 }
