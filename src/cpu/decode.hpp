@@ -356,14 +356,14 @@ class DecodeKernel {
     explicit LinesAhead(KeysAndValues& runs) : runs_(&runs), asks_(asks_of(runs)) {
       if (asks_ > 0) begin();
     }
-    // Half of them over a product of so many turns.
+    // Half of them, rounded up, over a product of so many turns.
     void spread(int turns) {
-      due_ = std::max(2 * turns, 1);
-      left_ = due_;
+      due_ = 2 * std::max(turns, 1);
+      left_ = due_ / 2;
     }
     // What takes the time of several turns counts as so many.
     [[gnu::always_inline]] void ask(int turns = 1) {
-      for (left_ -= asks_ * turns; left_ < 0; left_ += due_) ask_next();
+      for (left_ -= asks_ * turns; left_ <= 0; left_ += due_) ask_next();
     }
     void ask_all() {
       for (int i = 0; i < asks_; ++i) ask_next();
@@ -403,9 +403,9 @@ class DecodeKernel {
     const char* end_ = nullptr;
     std::ptrdiff_t to_value_ = 0;
     KeysAndValues* runs_;
-    int asks_;     // in all: what a turn pays
-    int due_ = 1;  // what asking costs: the turns of both products
-    int left_ = 1;
+    int asks_;      // lines of each in all: what a turn pays
+    int due_ = 1;   // what a line of each costs: the turns of both products
+    int left_ = 1;  // to be paid before the next
   };
 
   void step(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
