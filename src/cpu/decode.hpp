@@ -372,12 +372,15 @@ class DecodeKernel {
    private:
     static constexpr int kLine = 64;
     static constexpr int kIntoL2 = 2;
+    // Lines at the end of a step that nobody asks for: with their misses the hardware notices the
+    // stream. 1.07 to 1.11 times as fast from memory (EPYC of family 25 model 1, 1 to 8 rows).
+    static constexpr int kLeft = 2;
 
     static int asks_of(const KeysAndValues& runs) {
       const auto lines = [](const Runs& some) {
         return some.count * static_cast<int>((some.bytes + kLine - 1) / kLine);
       };
-      return std::max(lines(runs.keys), lines(runs.values));
+      return std::max(std::max(lines(runs.keys), lines(runs.values)) - kLeft, 0);
     }
     [[gnu::always_inline]] void ask_next() {
       __builtin_prefetch(key_, 0, kIntoL2);
@@ -403,7 +406,7 @@ class DecodeKernel {
     const char* end_ = nullptr;
     std::ptrdiff_t to_value_ = 0;
     KeysAndValues* runs_;
-    int asks_;      // lines of each in all: what a turn pays
+    int asks_;      // lines of each to ask for: what a turn pays
     int due_ = 1;   // what a line of each costs: the turns of both products
     int left_ = 1;  // to be paid before the next
   };
