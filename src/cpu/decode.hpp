@@ -372,8 +372,8 @@ class DecodeKernel {
    private:
     static constexpr int kLine = 64;
     static constexpr int kIntoL2 = 2;
-    // Lines at the end of a step that nobody asks for: with their misses the hardware notices the
-    // stream. 1.07 to 1.11 times as fast from memory (EPYC of family 25 model 1, 1 to 8 rows).
+    // Lines at the end of a step that nobody asks for, as if their misses told the hardware of the
+    // stream: 1.07 to 1.11 times as fast from memory (EPYC of family 25 model 1, 1 to 8 rows).
     static constexpr int kLeft = 2;
 
     static int asks_of(const KeysAndValues& runs) {
