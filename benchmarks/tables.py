@@ -86,7 +86,13 @@ def cpu_machines(machines: list[dict]) -> str:
     for result in machines:
         m = result["machine"]
         row = [short_name(result), m["cpu"], m["threads"], f"`{m['kernels']}`", m["torch"]]
-        rows.append([*row, m["date"], f"`{m['commit']}`"])
+        others: dict[str, list[str]] = {}  # works that were measured at another commit
+        for cell in result["cells"]:
+            if cell.get("commit", m["commit"]) != m["commit"]:
+                others.setdefault(cell["commit"], []).append(cell["work"])
+        commits = [f"`{m['commit']}`"]
+        commits += [f"`{c}`: {', '.join(dict.fromkeys(works))}" for c, works in others.items()]
+        rows.append([*row, m["date"], "; ".join(commits)])
     return "\n\n".join([table(head, rows), commands(machines)])
 
 

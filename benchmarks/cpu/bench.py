@@ -100,21 +100,26 @@ def host(tool: Tool) -> dict[str, float]:
 
 
 def save(path: Path, result: dict) -> None:
-    """Replaces what the file has of as many threads of the same CPU, cell by cell where the commit
-    is the same."""
+    """Replaces what the file has of the same works on as many threads of the same CPU. What stays
+    and was measured at another commit says at which."""
     data = json.loads(path.read_text()) if path.exists() else {"machines": []}
     same = [
         m
         for m in data["machines"]
         if all(m["machine"][key] == result["machine"][key] for key in ("cpu", "threads"))
     ]
-    if same and same[0]["machine"]["commit"] == result["machine"]["commit"]:
+    if same:
+        old = same[0]["machine"]
         result["host"] = result["host"] or same[0]["host"]
-        before, now = same[0]["machine"]["command"], result["machine"]["command"]
-        if now not in before.split(" && "):
-            result["machine"]["command"] = f"{before} && {now}"
+        if (now := result["machine"]["command"]) not in old["command"].split(" && "):
+            result["machine"]["command"] = f"{old['command']} && {now}"
+        else:
+            result["machine"]["command"] = old["command"]
         new = {cell["work"] for cell in result["cells"]}
-        result["cells"] = [c for c in same[0]["cells"] if c["work"] not in new] + result["cells"]
+        kept = [cell for cell in same[0]["cells"] if cell["work"] not in new]
+        if old["commit"] != result["machine"]["commit"]:
+            kept = [{"commit": old["commit"]} | cell for cell in kept]
+        result["cells"] = kept + result["cells"]
         order = [*WORKS, "avx2"]
         result["cells"].sort(key=lambda cell: order.index(cell["work"]))
     if same:

@@ -34,14 +34,17 @@ class DecodeKernel {
   static constexpr int turn_of(int rows) {
     return kWide > 2 || Operand::kDepth > 1 ? 1 : rows <= 2 ? 2 : 4;
   }
-  static constexpr int kKeyGroup = std::max(4, Operand::kDepthStep);  // keys that a product needs
+  static constexpr int kKeyGroup = std::max(4, Operand::kDepthStep);  // keys of a product
+  // Keys are computed in multiples of it. One key costs less where its rows are few.
+  static constexpr int key_group(int rows) {
+    return rows <= 2 ? std::max(kWide, Operand::kDepthStep) : kKeyGroup;
+  }
   // Rows of a block, a lane each: two vectors of them where registers are few, so that a word of a
   // key serves two multiply-adds as in the packed products.
   static constexpr int kBlockVectors = Isa::kMicroRows >= 12 ? 1 : 2;
   static constexpr int kBlock = kBlockVectors * Isa::kLanes;
   // Keys of S, or vectors of O, at a time for so many rows: kWide sums of one or two rows would
-  // wait for their own latency. More than four read memory in too many places at once. A divisor of
-  // kKeyGroup.
+  // wait for their own latency. More than four read memory in too many places at once.
   static constexpr int at_once(int rows) { return rows <= 2 ? 4 : kWide; }
 
   HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
@@ -196,7 +199,7 @@ class DecodeKernel {
     Block turns[2];
     int now = 0;
     const int first = seen.begin / step_keys * step_keys;
-    find_rows(turns[now], w.nothing, at, head0, seen, first, step_keys);
+    find_rows(turns[now], w.nothing, at, head0, seen, first, step_keys, key_group(rows));
     KeysAndValues first_runs = runs_of(turns[now]);
     LinesAhead(first_runs).ask_all();
     const int in_blocks = rows_in_blocks(rows);
@@ -214,7 +217,7 @@ class DecodeKernel {
       for (std::int64_t head = head0; head < head_end; ++head, now ^= 1) {
         const bool last = head + 1 == head_end;
         find_rows(turns[now ^ 1], w.nothing, at, last ? head0 : head + 1, seen,
-                  last ? key0 + step_keys : key0, step_keys);
+                  last ? key0 + step_keys : key0, step_keys, key_group(rows));
         take_head(own, w, at, head, head - head0, split);
         step(own, at, head, rows, limits, common, turns[now], turns[now ^ 1], key0);
       }
@@ -267,7 +270,7 @@ class DecodeKernel {
   }
 
   // Where the keys and values of one step stand. `live` are those that some row sees, up to whole
-  // groups of kKeyGroup; what of them cannot be seen is a row of zeros.
+  // groups of keys; what of them cannot be seen is a row of zeros.
   struct Block {
     Span live;
     Span strided;  // keys whose rows are p_.k.seqlen_stride() apart
@@ -275,11 +278,10 @@ class DecodeKernel {
     const Element* v[kKeys];
   };
   void find_rows(Block& block, const Element* nothing, const SequenceSlice& at, std::int64_t head,
-                 Span seen, int key0, int step_keys) const {
+                 Span seen, int key0, int step_keys, int group) const {
     const Span keys{std::max(seen.begin - key0, 0), std::min(seen.end - key0, step_keys)};
-    block.live = keys.empty()
-                     ? Span{}
-                     : Span{keys.begin / kKeyGroup * kKeyGroup, round_up(keys.end, kKeyGroup)};
+    block.live =
+        keys.empty() ? Span{} : Span{keys.begin / group * group, round_up(keys.end, group)};
     block.strided = {};
     if (keys.empty()) return;
     for (int i = block.live.begin; i < keys.begin; ++i) block.k[i] = block.v[i] = nothing;
@@ -799,8 +801,11 @@ class DecodeKernel {
   template <int kRows>
   void score_rows(const Word* q, const Block& block, LinesAhead& keys_ahead, float* s) const {
     LinesAhead ahead = keys_ahead;
-    for (int i = block.live.begin; i < block.live.end; i += at_once(kRows))
+    int i = block.live.begin;
+    for (; i + at_once(kRows) <= block.live.end; i += at_once(kRows))
       score_some<kRows, at_once(kRows)>(q, block.k + i, ahead, s + i);
+    if constexpr (at_once(kRows) > kWide)
+      for (; i < block.live.end; i += kWide) score_some<kRows, kWide>(q, block.k + i, ahead, s + i);
     keys_ahead = ahead;
   }
 
