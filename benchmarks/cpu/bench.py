@@ -111,10 +111,8 @@ def save(path: Path, result: dict) -> None:
     if same:
         old = same[0]["machine"]
         result["host"] = result["host"] or same[0]["host"]
-        if (now := result["machine"]["command"]) not in old["command"].split(" && "):
-            result["machine"]["command"] = f"{old['command']} && {now}"
-        else:
-            result["machine"]["command"] = old["command"]
+        commands = [*old["command"].split(" && "), result["machine"]["command"]]
+        result["machine"]["command"] = " && ".join(dict.fromkeys(commands))
         new = {cell["work"] for cell in result["cells"]}
         kept = [cell for cell in same[0]["cells"] if cell["work"] not in new]
         if old["commit"] != result["machine"]["commit"]:

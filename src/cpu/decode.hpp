@@ -43,6 +43,7 @@ class DecodeKernel {
   // key serves two multiply-adds as in the packed products.
   static constexpr int kBlockVectors = Isa::kMicroRows >= 12 ? 1 : 2;
   static constexpr int kBlock = kBlockVectors * Isa::kLanes;
+  static_assert(kBlockVectors == 1 || !C::kPairs);  // words of P are zipped a vector at a time
   // Keys of S, or vectors of O, at a time for so many rows: kWide sums of one or two rows would
   // wait for their own latency. More than four read memory in too many places at once.
   static constexpr int at_once(int rows) { return rows <= 2 ? 4 : kWide; }
@@ -628,18 +629,23 @@ class DecodeKernel {
         keys[i] = words;
       }
       for (int b = 0; b < blocks;) {
-        const Word* q = w.q_blocks + std::int64_t{b} * q_depth_ * kBlock;
-        float* out = w.s_blocks + b * kKeys * kBlock;
-        if (kBlockVectors == 1 && blocks - b >= 4) {
-          score_lanes<4>(q, keys, some, ahead, out);
-          b += 4;
-        } else if (kBlockVectors == 1 && blocks - b >= 2) {
-          score_lanes<2>(q, keys, some, ahead, out);
-          b += 2;
-        } else {
-          score_lanes<1>(q, keys, some, ahead, out);
-          b += 1;
+        const auto score = [&](auto together) {
+          score_lanes<decltype(together)::value>(w.q_blocks + std::int64_t{b} * q_depth_ * kBlock,
+                                                 keys, some, ahead,
+                                                 w.s_blocks + b * kKeys * kBlock);
+          b += together;
+        };
+        if constexpr (kBlockVectors == 1) {
+          if (blocks - b >= 4) {
+            score(std::integral_constant<int, 4>());
+            continue;
+          }
+          if (blocks - b >= 2) {
+            score(std::integral_constant<int, 2>());
+            continue;
+          }
         }
+        score(std::integral_constant<int, 1>());
       }
     }
   }
@@ -739,18 +745,18 @@ class DecodeKernel {
 
   // out[block][i][r] = q[r] · k[i]: a lane is a row, so that nothing has to be reduced.
   template <int kBlocks>
-  void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& keys_ahead,
+  void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& lines_ahead,
                    float* out) const {
-    LinesAhead ahead = keys_ahead;
+    LinesAhead ahead = lines_ahead;
     // Four vectors of queries do not stay in L1 beside the keys: the more keys share them the
     // better.
     constexpr int kMany = kBlocks == 4 || kBlockVectors == 2 ? kManyKeys : kKeyGroup;
     int i = live.begin;
-    for (; (live.end - i) % kMany != 0; i += 4)
-      score_keys<kBlocks, 4>(q, keys + i, ahead, out + i * kBlock);
+    for (; (live.end - i) % kMany != 0; i += kKeyGroup)
+      score_keys<kBlocks, kKeyGroup>(q, keys + i, ahead, out + i * kBlock);
     for (; i < live.end; i += kMany)
       score_keys<kBlocks, kMany>(q, keys + i, ahead, out + i * kBlock);
-    keys_ahead = ahead;
+    lines_ahead = ahead;
   }
 
   // The same for the first kCount keys.
@@ -797,16 +803,16 @@ class DecodeKernel {
       }
   }
 
-  // s[r][i] = q[r] · k[i], vectors of depth at a time. Asks for the next step's keys meanwhile.
+  // s[r][i] = q[r] · k[i], vectors of depth at a time. Asks for the next step's lines meanwhile.
   template <int kRows>
-  void score_rows(const Word* q, const Block& block, LinesAhead& keys_ahead, float* s) const {
-    LinesAhead ahead = keys_ahead;
+  void score_rows(const Word* q, const Block& block, LinesAhead& lines_ahead, float* s) const {
+    LinesAhead ahead = lines_ahead;
     int i = block.live.begin;
     for (; i + at_once(kRows) <= block.live.end; i += at_once(kRows))
       score_some<kRows, at_once(kRows)>(q, block.k + i, ahead, s + i);
     if constexpr (at_once(kRows) > kWide)
       for (; i < block.live.end; i += kWide) score_some<kRows, kWide>(q, block.k + i, ahead, s + i);
-    keys_ahead = ahead;
+    lines_ahead = ahead;
   }
 
   // The same for the first kCount keys.
@@ -855,16 +861,16 @@ class DecodeKernel {
     for (int r = 0; r < kRows; ++r) std::copy_n(sums + r * kCount, kCount, s + r * kKeys);
   }
 
-  // kRows of them, from column `first` on. Asks for the next step's values meanwhile.
+  // kRows of them, from column `first` on. Asks for the next step's lines meanwhile.
   template <int kRows, int kVectors, bool kLanesP>
-  void value_rows(const Word* p, const Block& block, LinesAhead& values_ahead,
-                  const float* rescaled, float* o, int first) const {
+  void value_rows(const Word* p, const Block& block, LinesAhead& lines_ahead, const float* rescaled,
+                  float* o, int first) const {
     // P of row r and a word of keys, by rows or by blocks.
     const auto weight_of = [&](int r, int i) __attribute__((always_inline)) {
       if constexpr (kLanesP) return p[r / kBlock * (kKeys * kBlock) + r % kBlock + i * kBlock];
       return p[r * kLdp + i];
     };
-    LinesAhead ahead = values_ahead;
+    LinesAhead ahead = lines_ahead;
     const int columns = static_cast<int>(p_.v.head_dim());
     constexpr int kStep = kVectors * Isa::kLanes;
     constexpr int kTurn = turn_of(kRows);
@@ -900,9 +906,9 @@ class DecodeKernel {
     for (; col + kStep <= columns; col += kStep) panel(col, std::true_type());
     if constexpr (kVectors <= kWide)
       if (col < columns) panel(col, std::false_type());
-    values_ahead = ahead;
+    lines_ahead = ahead;
     if constexpr (kVectors > kWide)
-      value_rows<kRows, kWide, kLanesP>(p, block, values_ahead, rescaled, o, col);
+      value_rows<kRows, kWide, kLanesP>(p, block, lines_ahead, rescaled, o, col);
   }
 
   // acc + weight * v, where kRows sums take v: for one it can stay in memory.

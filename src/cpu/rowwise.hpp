@@ -282,8 +282,9 @@ void softmax_rows(float* s, int lds, int first, int rows, Span columns, float fa
   }
 }
 
-// The same for kLanes rows from `first` on that are a lane each, s[key][lane], where nothing has to
-// be reduced. P becomes words, [word of keys][lane], where the scores were, or `plain` floats.
+// The same for kLanes rows from `first` on that are a lane each of the kBlock of a key,
+// s[key][lane], where nothing has to be reduced. P becomes words, [word of keys][lane], where the
+// scores were, or `plain` floats.
 template <class Operand, int kBlock, int kRows>
 void softmax_lanes(float* s, Span keys, int first, float factor,
                    RowStatistics<typename Operand::Isa, kRows>& all, bool plain) {
