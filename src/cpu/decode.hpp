@@ -628,25 +628,16 @@ class DecodeKernel {
         load_words_of(block.k[i], words);
         keys[i] = words;
       }
-      for (int b = 0; b < blocks;) {
-        const auto score = [&](auto together) {
-          score_lanes<decltype(together)::value>(w.q_blocks + std::int64_t{b} * q_depth_ * kBlock,
-                                                 keys, some, ahead,
-                                                 w.s_blocks + b * kKeys * kBlock);
-          b += together;
-        };
-        if constexpr (kBlockVectors == 1) {
-          if (blocks - b >= 4) {
-            score(std::integral_constant<int, 4>());
-            continue;
-          }
-          if (blocks - b >= 2) {
-            score(std::integral_constant<int, 2>());
-            continue;
-          }
-        }
-        score(std::integral_constant<int, 1>());
+      const auto score = [&](auto together, int b) {
+        score_lanes<decltype(together)::value>(w.q_blocks + std::int64_t{b} * q_depth_ * kBlock,
+                                               keys, some, ahead, w.s_blocks + b * kKeys * kBlock);
+      };
+      int b = 0;
+      if constexpr (kBlockVectors == 1) {
+        for (; b + 4 <= blocks; b += 4) score(std::integral_constant<int, 4>(), b);
+        for (; b + 2 <= blocks; b += 2) score(std::integral_constant<int, 2>(), b);
       }
+      for (; b < blocks; ++b) score(std::integral_constant<int, 1>(), b);
     }
   }
 
