@@ -69,14 +69,18 @@ Status no_kernel(const Request& request) {
                                  name_of(request.pass) + " on " + name_of(request.arch)};
 }
 
-// Few query rows leave few tasks, so the keys are split; every part has at least kKeysPerSplit.
+// Few query rows leave few tasks, so the keys are split: a thread has at least two tasks on up to 32
+// threads, parts of long texts do not keep the others waiting at the end, and none is so short that
+// starting and merging it takes long. A result does not depend on how many threads there are.
 int cpu_splits(const ForwardProblem& p, int wanted) {
-  constexpr std::int64_t kTasks = 32;
-  constexpr std::int64_t kKeysPerSplit = 512;
-  const std::int64_t most = clamp64(max_seqlen_k(p) / kKeysPerSplit, 1, kMostSplits);
-  if (wanted > 0) return static_cast<int>(clamp64(wanted, 1, most));
-  const std::int64_t tasks = batch_entries(p);
-  return static_cast<int>(clamp64(tasks == 0 ? 1 : (kTasks + tasks - 1) / tasks, 1, most));
+  constexpr std::int64_t kTasks = 64, kLongTasks = 32;
+  constexpr std::int64_t kLeastKeys = 512, kLongKeys = 2048;
+  const std::int64_t keys = max_seqlen_k(p), entries = std::max<std::int64_t>(batch_entries(p), 1);
+  const std::int64_t heads = std::max<std::int64_t>(entries * p.k.heads(), 1);
+  const std::int64_t most = clamp64(keys / kLeastKeys, 1, kMostSplits);
+  const std::int64_t few = (kTasks + heads - 1) / heads;
+  const std::int64_t long_ones = std::min((kLongTasks + entries - 1) / entries, keys / kLongKeys);
+  return static_cast<int>(clamp64(wanted > 0 ? wanted : std::max(few, long_ones), 1, most));
 }
 
 int splits_of(const KernelRow& row, const ForwardProblem& p, const Device& device,

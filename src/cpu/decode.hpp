@@ -148,15 +148,8 @@ class DecodeKernel {
   void run(Executor& executor) {
     const std::int64_t heads = batch_entries(p_) * p_.k.heads();
     const std::int64_t gaps = gap_tasks(p_);
-    const Stage parts{
-        gaps + batch_entries(p_) * head_tasks_ * splits_, [&](std::int64_t task, int worker) {
-          if (task < gaps) return clear_gap<Element>(p_, task);
-          task -= gaps;
-          const int split = static_cast<int>(task % splits_);
-          const std::int64_t head = task / splits_ % head_tasks_ * task_heads_;
-          part(scratch(worker), slice_of(p_, static_cast<int>(task / splits_ / head_tasks_)), head,
-               std::min(head + task_heads_, p_.k.heads()), split);
-        }};
+    const Stage parts{gaps + batch_entries(p_) * head_tasks_ * splits_,
+                      [&](StageTasks& tasks, int worker) { compute_parts(tasks, gaps, worker); }};
     const Stage merges{splits_ > 1 ? heads : 0, [&](std::int64_t task, int worker) {
                          merge_parts(scratch(worker),
                                      slice_of(p_, static_cast<int>(task / p_.k.heads())),
@@ -174,74 +167,134 @@ class DecodeKernel {
     return ((at.entry * p_.k.heads() + head) * splits_ + split) * o_rows_ + r;
   }
 
-  // The query rows of key heads [head0, head_end) against one part of the keys.
-  void part(const Scratch& w, const SequenceSlice& at, std::int64_t head0, std::int64_t head_end,
-            int split) const {
-    const int rows = static_cast<int>(group_of(p_)) * at.q.length;
-    [[maybe_unused]] const Tiles<Isa> tiles(block_rows(rows));
-    const int step_keys = keys_of_step(rows);
-    const int steps = ceil_div(at.k.length, step_keys);
-    const int begin = static_cast<int>(std::int64_t{steps} * split / splits_) * step_keys;
-    const int end = std::min(
-        at.k.length, static_cast<int>(std::int64_t{steps} * (split + 1) / splits_) * step_keys);
+  // A task: the query rows of key heads [head0, head_end) against one part of the keys.
+  struct Part {
+    SequenceSlice at;
+    std::int64_t head0, head_end;
+    int split;
+    int rows;
+    int step_keys;
+    int first;  // key of the first step
+    Span seen;  // keys
     RowLimits limits[kMaxRows];
     Span common[kMaxRows / kBlock];  // what all rows of a block see
-    std::fill_n(common, kMaxRows / kBlock, Span{begin, end});
-    Span seen{end, begin};
-    for (int r = 0; r < rows; ++r) {
-      const RowLimits row = row_limits(p_.band, at, p_.intervals, r % at.q.length);
-      limits[r] = {std::max(row.first, begin), std::min(row.end, end)};
-      Span& all = common[r / kBlock];
-      all = {std::max(all.begin, limits[r].first), std::min(all.end, limits[r].end)};
-      if (limits[r].first >= limits[r].end) continue;
-      seen = {std::min(seen.begin, limits[r].first), std::max(seen.end, limits[r].end)};
+  };
+  void find_part(Part& part, std::int64_t task) const {
+    part.at = slice_of(p_, static_cast<int>(task / splits_ / head_tasks_));
+    part.head0 = task / splits_ % head_tasks_ * task_heads_;
+    part.head_end = std::min(part.head0 + task_heads_, p_.k.heads());
+    part.split = static_cast<int>(task % splits_);
+    part.rows = static_cast<int>(group_of(p_)) * part.at.q.length;
+    part.step_keys = keys_of_step(part.rows);
+    const int length = part.at.k.length, steps = ceil_div(length, part.step_keys);
+    const auto key_of = [&](int split) {
+      return static_cast<int>(std::int64_t{steps} * split / splits_) * part.step_keys;
+    };
+    const int begin = key_of(part.split), end = std::min(length, key_of(part.split + 1));
+    std::fill_n(part.common, kMaxRows / kBlock, Span{begin, end});
+    part.seen = {end, begin};
+    for (int r = 0; r < part.rows; ++r) {
+      const RowLimits row = row_limits(p_.band, part.at, p_.intervals, r % part.at.q.length);
+      part.limits[r] = {std::max(row.first, begin), std::min(row.end, end)};
+      const auto [first_seen, end_seen] = part.limits[r];
+      Span& all = part.common[r / kBlock];
+      all = {std::max(all.begin, first_seen), std::min(all.end, end_seen)};
+      if (first_seen >= end_seen) continue;
+      part.seen = {std::min(part.seen.begin, first_seen), std::max(part.seen.end, end_seen)};
     }
+    part.first = part.seen.begin / part.step_keys * part.step_keys;
+  }
+
+  // The parts that one worker takes. Each asks for the memory of the next one's first step during its
+  // last, or the worker would wait for it.
+  void compute_parts(StageTasks& tasks, std::int64_t gaps, int worker) const {
+    for (; tasks.task() < gaps;) {
+      clear_gap<Element>(p_, tasks.task());
+      if (!tasks.finish()) return;
+    }
+    const Scratch w = scratch(worker);
     std::fill_n(w.nothing, std::max(p_.q.head_dim(), p_.v.head_dim()), Element{});
-    Block turns[2];
-    int now = 0;
-    const int first = seen.begin / step_keys * step_keys;
-    find_rows(turns[now], w.nothing, at, head0, seen, first, step_keys, key_group(rows));
-    KeysAndValues first_runs = runs_of(turns[now]);
-    LinesAhead(first_runs).ask_all();
-    const int in_blocks = rows_in_blocks(rows);
     Scratch own = w;
-    for (std::int64_t head = head0; head < head_end; ++head) {
-      take_head(own, w, at, head, head - head0, split);
-      for (int r = in_blocks; r < rows; ++r)
-        load_words_of(query(limits[r], at, head, r), own.q + r * q_words_);
-      pack_transposed<Operand, kBlock>([&](int r) { return query(limits[r], at, head, r); },
-                                       in_blocks, static_cast<int>(p_.q.head_dim()), own.q_blocks);
-      std::fill_n(own.o, std::int64_t{rows} * o_columns_, 0.f);
+    Part parts[2];
+    Block blocks[2];
+    int part = 0, block = 0;
+    find_part(parts[part], tasks.task() - gaps);
+    find_rows(blocks[block], w.nothing, parts[part], parts[part].head0, parts[part].first);
+    KeysAndValues runs = runs_of(blocks[block]);
+    LinesAhead(runs).ask_all();
+    do {
+      const Part& now = parts[part];
+      Part& then = parts[part ^= 1];
+      [[maybe_unused]] const Tiles<Isa> tiles(block_rows(now.rows));
+      begin_part(own, w, now);
+      int key0 = now.first;
+      do {
+        const bool last_keys = key0 + now.step_keys >= now.seen.end;
+        for (std::int64_t head = now.head0; head < now.head_end; ++head) {
+          const Block& keys = blocks[block];
+          Block& next = blocks[block ^= 1];
+          if (head + 1 < now.head_end) {
+            find_rows(next, w.nothing, now, head + 1, key0);
+          } else if (!last_keys) {
+            find_rows(next, w.nothing, now, now.head0, key0 + now.step_keys);
+          } else if (tasks.has_next()) {
+            find_part(then, tasks.next() - gaps);
+            find_rows(next, w.nothing, then, then.head0, then.first);
+          } else {
+            next.live = next.strided = {};
+          }
+          take_head(own, w, now, head);
+          step(own, now, head, keys, next, key0);
+        }
+        key0 += now.step_keys;
+      } while (key0 < now.seen.end);
+      end_part(own, w, now);
+    } while (tasks.finish());
+  }
+
+  void begin_part(Scratch& own, const Scratch& w, const Part& part) const {
+    const int in_blocks = rows_in_blocks(part.rows);
+    for (std::int64_t head = part.head0; head < part.head_end; ++head) {
+      take_head(own, w, part, head);
+      for (int r = in_blocks; r < part.rows; ++r)
+        load_words_of(query(part, head, r), own.q + r * q_words_);
+      pack_transposed<Operand, kBlock>([&](int r) { return query(part, head, r); }, in_blocks,
+                                       static_cast<int>(p_.q.head_dim()), own.q_blocks);
+      std::fill_n(own.o, std::int64_t{part.rows} * o_columns_, 0.f);
       *own.statistics = {};
-    }
-    for (int key0 = first; key0 < seen.end; key0 += step_keys)
-      for (std::int64_t head = head0; head < head_end; ++head, now ^= 1) {
-        const bool last = head + 1 == head_end;
-        find_rows(turns[now ^ 1], w.nothing, at, last ? head0 : head + 1, seen,
-                  last ? key0 + step_keys : key0, step_keys, key_group(rows));
-        take_head(own, w, at, head, head - head0, split);
-        step(own, at, head, rows, limits, common, turns[now], turns[now ^ 1], key0);
-      }
-    for (std::int64_t head = head0; head < head_end; ++head) {
-      take_head(own, w, at, head, head - head0, split);
-      store_part(own, at, head, rows, split);
     }
   }
 
-  // Makes `own` what of the scratch is the task's head i; where the keys are split, outputs are
-  // added up where they are merged.
-  void take_head(Scratch& own, const Scratch& w, const SequenceSlice& at, std::int64_t head,
-                 std::int64_t i, int split) const {
+  void end_part(Scratch& own, const Scratch& w, const Part& part) const {
+    for (std::int64_t head = part.head0; head < part.head_end; ++head) {
+      take_head(own, w, part, head);
+      for (int r = 0; r < part.rows; ++r) {
+        const SoftmaxState state = (*own.statistics)[r];
+        if (splits_ == 1) {
+          store_output<C>(p_, part.at, head_of(part.at, head, r), r % part.at.q.length,
+                          own.o + std::int64_t{r} * o_columns_, state);
+        } else {
+          partial_state_[part_index(part.at, head, part.split, r)] = state;
+        }
+      }
+    }
+  }
+
+  // Makes `own` what of the scratch is the head's; where the keys are split, outputs are added up
+  // where they are merged.
+  void take_head(Scratch& own, const Scratch& w, const Part& part, std::int64_t head) const {
+    const std::int64_t i = head - part.head0;
     own.q = w.q + i * rows_ * q_words_;
     own.q_blocks = w.q_blocks + i * block_words();
     own.o = splits_ == 1 ? w.o + i * o_rows_ * o_columns_
-                         : partial_o_ + part_index(at, head, split, 0) * o_columns_;
+                         : partial_o_ + part_index(part.at, head, part.split, 0) * o_columns_;
     own.statistics = w.statistics + i;
   }
 
   // A row that sees nothing is 0: what it is multiplied by is not to be used.
-  const Element* query(RowLimits limits, const SequenceSlice& at, std::int64_t head, int r) const {
-    return limits.first >= limits.end
+  const Element* query(const Part& part, std::int64_t head, int r) const {
+    const SequenceSlice& at = part.at;
+    return part.limits[r].first >= part.limits[r].end
                ? nullptr
                : row_of<Element>(p_.q, at.q, head_of(at, head, r), r % at.q.length);
   }
@@ -257,19 +310,6 @@ class DecodeKernel {
       Isa::store(reinterpret_cast<float*>(words + word), load_words<Operand>(row, word, columns));
   }
 
-  void store_part(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
-                  int split) const {
-    for (int r = 0; r < rows; ++r) {
-      const float* o = w.o + std::int64_t{r} * o_columns_;
-      const SoftmaxState state = (*w.statistics)[r];
-      if (splits_ == 1) {
-        store_output<C>(p_, at, head_of(at, head, r), r % at.q.length, o, state);
-      } else {
-        partial_state_[part_index(at, head, split, r)] = state;
-      }
-    }
-  }
-
   // Where the keys and values of one step stand. `live` are those that some row sees, up to whole
   // groups of keys; what of them cannot be seen is a row of zeros.
   struct Block {
@@ -278,9 +318,12 @@ class DecodeKernel {
     const Element* k[kKeys];
     const Element* v[kKeys];
   };
-  void find_rows(Block& block, const Element* nothing, const SequenceSlice& at, std::int64_t head,
-                 Span seen, int key0, int step_keys, int group) const {
-    const Span keys{std::max(seen.begin - key0, 0), std::min(seen.end - key0, step_keys)};
+  void find_rows(Block& block, const Element* nothing, const Part& part, std::int64_t head,
+                 int key0) const {
+    const SequenceSlice& at = part.at;
+    const int group = key_group(part.rows);
+    const Span keys{std::max(part.seen.begin - key0, 0),
+                    std::min(part.seen.end - key0, part.step_keys)};
     block.live =
         keys.empty() ? Span{} : Span{keys.begin / group * group, round_up(keys.end, group)};
     block.strided = {};
@@ -414,9 +457,10 @@ class DecodeKernel {
     int left_ = 1;  // to be paid before the next
   };
 
-  void step(const Scratch& w, const SequenceSlice& at, std::int64_t head, int rows,
-            const RowLimits* limits, const Span* common, const Block& block, const Block& next,
-            int key0) const {
+  void step(const Scratch& w, const Part& part, std::int64_t head, const Block& block,
+            const Block& next, int key0) const {
+    const SequenceSlice& at = part.at;
+    const int rows = part.rows;
     RowStatistics<Isa, kMaxRows>& statistics = *w.statistics;
     const int keys = block.live.end - block.live.begin;
     const int blocks = blocks_of(rows);
@@ -435,9 +479,9 @@ class DecodeKernel {
       });
     }
     for (int r = 0; r < in_blocks; r += kBlock)
-      softmax_block(w, block, at, head, r, std::min(rows - r, kBlock), limits + r,
-                    common[r / kBlock], key0);
-    softmax_others(w, block, at, head, in_blocks, rows, limits, key0);
+      softmax_block(w, block, at, head, r, std::min(rows - r, kBlock), part.limits + r,
+                    part.common[r / kBlock], key0);
+    softmax_others(w, block, at, head, in_blocks, rows, part.limits, key0);
     if constexpr (kTiles) {
       value_tiles(w, block, ahead, rows, statistics.rescaled);
     } else {
