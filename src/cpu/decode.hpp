@@ -6,7 +6,9 @@
 
 namespace heed::cpu::inline HEED_ISA {
 
-template <class C>
+// Rows of a block have their scores computed without reductions: a row is kSpread lanes, which are
+// neighbouring words of depth, and neighbouring keys once these are added up.
+template <class C, int kSpread>
 class DecodeKernel {
   using Isa = typename C::Isa;
   using Vec = typename Isa::Vec;
@@ -39,11 +41,16 @@ class DecodeKernel {
   static constexpr int key_group(int rows) {
     return rows <= 2 ? std::max(kWide, Operand::kDepthStep) : kKeyGroup;
   }
-  // Rows of a block, a lane each: two vectors of them where registers are few, so that a word of a
-  // key serves two multiply-adds as in the packed products.
+  // Rows of a block: two vectors where registers are few, so that a word of a key serves two
+  // multiply-adds as in the packed products.
   static constexpr int kBlockVectors = Isa::kMicroRows >= 12 ? 1 : 2;
-  static constexpr int kBlock = kBlockVectors * Isa::kLanes;
+  static constexpr int kBlock = kBlockVectors * Isa::kLanes / kSpread;
   static_assert(kBlockVectors == 1 || !C::kPairs);  // words of P are zipped a vector at a time
+  static_assert(kKeyGroup % kSpread == 0);
+  // Where S, and P, of row `lane` of a block stands.
+  static constexpr int at_of(int key, int lane) {
+    return key / kSpread * kSpread * kBlock + lane * kSpread + key % kSpread;
+  }
   // Keys of S, or vectors of O, at a time for so many rows: kWide sums of one or two rows would
   // wait for their own latency. More than four read memory in too many places at once.
   static constexpr int at_once(int rows) { return rows <= 2 ? 4 : kWide; }
@@ -52,18 +59,16 @@ class DecodeKernel {
     return DecodeKernel(plan, p, WorkspaceLayout()).bytes_;
   }
 
-  static Status launch(const Plan& plan, const ForwardProblem& p, Workspace workspace,
-                       Queue queue) {
+  static void launch(const Plan& plan, const ForwardProblem& p, Workspace workspace, Queue queue) {
     DecodeKernel(plan, p, WorkspaceLayout(workspace)).run(executor_of(queue));
-    return {};
   }
 
  private:
   struct Scratch {
     Word* q;          // [task_heads_][rows][q_words_], padded to whole vectors
-    Word* q_blocks;   // [task_heads_][blocks_][q_depth_][kBlock]: rows whose scores are a lane each
+    Word* q_blocks;   // [task_heads_][blocks_][q_depth_ / kSpread][kBlock][kSpread]
     Word* k;          // [kWordKeys or kKeyGroup][q_words_]: keys that are not words in memory
-    float* s_blocks;  // [blocks_][kKeys][kBlock], then their P: [blocks_][a word of keys][kBlock]
+    float* s_blocks;  // [blocks_][kKeys / kSpread][kBlock][kSpread], then their P in words
     Word* v;          // by tiles, [o_columns_ / kPanel][kKeys / 2][kPanel]: pairs of keys
     float* s;         // [rows][kKeys]
     Word* p;          // the words of S; S itself where they are floats
@@ -86,7 +91,7 @@ class DecodeKernel {
         rows_(static_cast<int>(group_of(problem) * max_seqlen_q(problem))),
         o_rows_(kTiles ? blocks_of(rows_) * block_rows(rows_) : rows_),
         blocks_(blocks_of(rows_)),
-        q_depth_(words_of<C>(problem.q.head_dim())),
+        q_depth_(round_up(words_of<C>(problem.q.head_dim()), kSpread)),
         q_words_(round_up(q_depth_, Isa::kLanes)),
         o_columns_(round_up(static_cast<int>(problem.v.head_dim()), Isa::kLanes * kWide)) {
     const std::int64_t heads = p_.k.heads();
@@ -258,10 +263,24 @@ class DecodeKernel {
       take_head(own, w, part, head);
       for (int r = in_blocks; r < part.rows; ++r)
         load_words_of(query(part, head, r), own.q + r * q_words_);
-      pack_transposed<Operand, kBlock>([&](int r) { return query(part, head, r); }, in_blocks,
-                                       static_cast<int>(p_.q.head_dim()), own.q_blocks);
+      if constexpr (kSpread > 1) {
+        pack_spread(own, part, head, in_blocks);
+      } else {
+        pack_transposed<Operand, kBlock>([&](int r) { return query(part, head, r); }, in_blocks,
+                                         static_cast<int>(p_.q.head_dim()), own.q_blocks);
+      }
       std::fill_n(own.o, std::int64_t{part.rows} * o_columns_, 0.f);
       *own.statistics = {};
+    }
+  }
+
+  void pack_spread(const Scratch& w, const Part& part, std::int64_t head, int rows) const {
+    for (int r = 0; r < round_up(rows, kBlock); ++r) {
+      load_words_of(r < rows ? query(part, head, r) : nullptr, w.q);
+      Word* const out =
+          w.q_blocks + std::int64_t{r / kBlock} * q_depth_ * kBlock + r % kBlock * kSpread;
+      for (int word = 0; word < q_depth_; word += kSpread)
+        std::memcpy(out + word * kBlock, w.q + word, kSpread * sizeof(Word));
     }
   }
 
@@ -472,7 +491,8 @@ class DecodeKernel {
       score_tiles(w, block, ahead, blocks);
     } else {
       // A turn for each key and kChains words or a vector.
-      ahead.spread(keys * (blocks * q_depth_ / kChains + others * ceil_div(q_words_, Isa::kLanes)));
+      ahead.spread(keys * (blocks * q_depth_ / (kChains * kSpread) +
+                           others * ceil_div(q_words_, Isa::kLanes)));
       if (blocks > 0) score_blocks(w, block, blocks, ahead);
       for_groups(in_blocks, rows, [&](auto count, int r) {
         score_rows<decltype(count)::value>(w.q + r * q_words_, block, ahead, w.s + r * kKeys);
@@ -529,19 +549,19 @@ class DecodeKernel {
           std::fill(w.of_row + keys.begin, w.of_row + keys.end, 0.f);
           transform_.add_bias(w.of_row, live_columns(limits[lane], key0, keys), at,
                               head_of(at, head, r), r % at.q.length, key0);
-          for (int i = keys.begin; i < keys.end; ++i) s[i * kBlock + lane] += w.of_row[i];
+          for (int i = keys.begin; i < keys.end; ++i) s[at_of(i, lane)] += w.of_row[i];
         }
     }
     hide(s, keys, at, rows, limits, common, key0);
     for (int lane = 0; lane < kBlock; lane += Isa::kLanes)
-      softmax_lanes<Operand, kBlock>(s + lane, keys, first + lane, transform_.factor(),
-                                     *w.statistics, dropped);
+      softmax_lanes<Operand, kBlock, kSpread>(s + lane, keys, first + lane, transform_.factor(),
+                                              *w.statistics, dropped);
     if (dropped) {
       for (int lane = 0; lane < rows; ++lane) {
         const int r = first + lane;
         dropout_mask(p_.dropout, at.entry, head_of(at, head, r), r % at.q.length, key0 + keys.begin,
                      keys.end - keys.begin, w.of_row + keys.begin);
-        for (int i = keys.begin; i < keys.end; ++i) s[i * kBlock + lane] *= w.of_row[i];
+        for (int i = keys.begin; i < keys.end; ++i) s[at_of(i, lane)] *= w.of_row[i];
       }
       if constexpr (C::kPairs)
         for (int i = keys.begin; i < keys.end; i += 2)
@@ -560,16 +580,18 @@ class DecodeKernel {
                    std::min(common.end - key0, keys.end)};
     if (all.begin > keys.begin || all.end < keys.end) {
       using Ints [[gnu::vector_size(sizeof(Vec))]] = int;
-      int firsts[kBlock], ends[kBlock];
-      for (int lane = 0; lane < kBlock; ++lane) {
-        firsts[lane] = limits[std::min(lane, rows - 1)].first - key0;
-        ends[lane] = limits[std::min(lane, rows - 1)].end - key0;
+      constexpr int kAll = kBlock * kSpread;
+      int firsts[kAll], ends[kAll];  // from the first key of a vector on
+      for (int lane = 0; lane < kAll; ++lane) {
+        const RowLimits row = limits[std::min(lane / kSpread, rows - 1)];
+        firsts[lane] = row.first - key0 - lane % kSpread;
+        ends[lane] = row.end - key0 - lane % kSpread;
       }
       Ints first[kBlockVectors], end[kBlockVectors];
       std::memcpy(first, firsts, sizeof first);
       std::memcpy(end, ends, sizeof end);
-      for (int i = keys.begin; i < keys.end; ++i) {
-        if (all.begin <= i && i < all.end) continue;
+      for (int i = keys.begin; i < keys.end; i += kSpread) {
+        if (all.begin <= i && i + kSpread <= all.end) continue;
         for (int v = 0; v < kBlockVectors; ++v) {
           float* const scores = s + i * kBlock + v * Isa::kLanes;
           const Ints sees = (first[v] <= Ints{} + i) & (Ints{} + i < end[v]);
@@ -580,7 +602,8 @@ class DecodeKernel {
     const int last = std::min(keys.end, at.k.length - key0);
     if (!all_keys_valid(p_.intervals, at, key0 + keys.begin, key0 + last))
       for (int i = keys.begin; i < last; ++i)
-        if (!key_valid(p_.intervals, at, key0 + i)) std::fill_n(s + i * kBlock, kBlock, -kInfinity);
+        if (!key_valid(p_.intervals, at, key0 + i))
+          for (int lane = 0; lane < kBlock; ++lane) s[at_of(i, lane)] = -kInfinity;
   }
 
   // o[r] = rescaled[r] * o[r] + sum over keys of p[r][i] * v[i], a few rows at a time.
@@ -599,7 +622,7 @@ class DecodeKernel {
     const auto values = [&](auto count, auto vectors, auto lanes, int r) {
       constexpr bool kLanesP = decltype(lanes)::value;
       const Word* p = kLanesP ? reinterpret_cast<const Word*>(w.s_blocks) +
-                                    r / kBlock * (kKeys * kBlock) + r % kBlock
+                                    r / kBlock * (kKeys * kBlock) + at_of(0, r % kBlock)
                               : w.p + r * kLdp;
       value_rows<decltype(count)::value, decltype(vectors)::value, kLanesP>(
           p, block, ahead, rescaled + r, w.o + std::int64_t{r} * o_columns_, 0);
@@ -642,8 +665,10 @@ class DecodeKernel {
   // How many blocks of kBlock rows have their scores computed a lane each: groups of 16 rows, and
   // what is left at the end where it is as many as pay.
   HEED_BASELINE static int blocks_of(int rows) {
-    constexpr int kGroup = 16, kFewest = !kSameWords ? 13 : kBlockVectors == 1 ? 10 : 11;
+    constexpr int kGroup = kSpread > 1 ? kBlock : 16;
+    constexpr int kFewest = kSpread > 1 ? 2 : !kSameWords ? 13 : kBlockVectors == 1 ? 10 : 11;
     if (kTiles) return ceil_div(rows, kGroup);
+    if (kSpread > 1 && rows <= (kSameWords ? 4 : 6)) return 0;
     const int groups = (rows + kGroup - kFewest) / kGroup;
     return ceil_div(std::min(rows, groups * kGroup), kBlock);
   }
@@ -660,7 +685,7 @@ class DecodeKernel {
   // s[r][i] = q[r] · k[i] for the rows of blocks. Keys that are not words in memory become words a
   // few at a time, so that all rows find them in L1.
   void score_blocks(const Scratch& w, const Block& block, int blocks, LinesAhead& ahead) const {
-    const bool in_place = kSameWords && p_.q.head_dim() % Operand::kDepth == 0;
+    const bool in_place = kSameWords && p_.q.head_dim() % (Operand::kDepth * kSpread) == 0;
     const int at_once = in_place ? kKeys : kWordKeys;
     for (int first = block.live.begin; first < block.live.end; first += at_once) {
       const Span some{first, std::min(first + at_once, block.live.end)};
@@ -780,12 +805,13 @@ class DecodeKernel {
 
   // out[block][i][r] = q[r] · k[i]: a lane is a row, so that nothing has to be reduced.
   template <int kBlocks>
-  void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& lines_ahead,
+  [[gnu::noinline]] void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& lines_ahead,
                    float* out) const {
     LinesAhead ahead = lines_ahead;
     // Four vectors of queries do not stay in L1 beside the keys: the more keys share them the
     // better.
-    constexpr int kMany = kBlocks == 4 || kBlockVectors == 2 ? kManyKeys : kKeyGroup;
+    constexpr int kMany =
+        kSpread == 1 && (kBlocks == 4 || kBlockVectors == 2) ? kManyKeys : kKeyGroup;
     int i = live.begin;
     for (; (live.end - i) % kMany != 0; i += kKeyGroup)
       score_keys<kBlocks, kKeyGroup>(q, keys + i, ahead, out + i * kBlock);
@@ -799,48 +825,64 @@ class DecodeKernel {
   [[gnu::always_inline]] void score_keys(const Word* q, const void* const* keys, LinesAhead& ahead,
                                          float* out) const {
     constexpr int kVectors = kBlocks * kBlockVectors;
-    constexpr int kWords = kChains / kBlocks;                // of a turn
-    constexpr int kParts = kBlockVectors == 2 ? 1 : kWords;  // of one sum
+    constexpr int kWords = kChains / kBlocks;  // of a turn; kSpread at a time
+    constexpr int kParts =                     // of one sum
+        kBlockVectors == 2 ? 1
+        : kSpread == 1     ? kWords
+                           : std::max(kWords / 2, 1);
     const std::int64_t panel = std::int64_t{q_depth_} * kBlock;
     Vec acc[kParts][kVectors][kCount] = {};
     const auto add = [&](int at, int part) __attribute__((always_inline)) {
       typename Operand::Wide y[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
-        y[v] = Operand::load(q + v / kBlockVectors * panel + at * kBlock +
+        y[v] = Operand::load(q + v / kBlockVectors * panel + at * kSpread * kBlock +
                              v % kBlockVectors * Isa::kLanes);
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) {
-        Word word;
-        std::memcpy(&word, static_cast<const std::byte*>(keys[j]) + at * sizeof(Word),
-                    sizeof(Word));
+        const auto* const words =
+            static_cast<const std::byte*>(keys[j]) + at * kSpread * sizeof(Word);
+        if constexpr (kSpread > 1) {
+          const Vec x = Isa::load_repeated(words);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v)
-          acc[part][v][j] = Operand::mac(acc[part][v][j], word, y[v]);
+          for (int v = 0; v < kVectors; ++v)
+            acc[part][v][j] = Operand::multiply_add(acc[part][v][j], x, y[v]);
+        } else {
+          Word word;
+          std::memcpy(&word, words, sizeof(Word));
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v)
+            acc[part][v][j] = Operand::mac(acc[part][v][j], word, y[v]);
+        }
       }
     };
+    const int depth = q_depth_ / kSpread;
     int at = 0;
-    for (; at + kWords <= q_depth_; at += kWords) {
+    for (; at + kWords <= depth; at += kWords) {
       ahead.ask(kCount);
 #pragma GCC unroll 8
       for (int word = 0; word < kWords; ++word) add(at + word, word % kParts);
     }
-    for (; at < q_depth_; ++at) add(at, 0);
+    for (; at < depth; ++at) add(at, 0);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
-      for (int j = 0; j < kCount; ++j) {
-        Vec sum = acc[0][v][j];
+      for (int j = 0; j < kCount; j += kSpread) {
+        Vec sums[kSpread];
+#pragma GCC unroll 4
+        for (int i = 0; i < kSpread; ++i) {
+          sums[i] = acc[0][v][j + i];
 #pragma GCC unroll 8
-        for (int part = 1; part < kParts; ++part) sum = sum + acc[part][v][j];
+          for (int part = 1; part < kParts; ++part) sums[i] = sums[i] + acc[part][v][j + i];
+        }
         Isa::store(out + (v / kBlockVectors * kKeys + j) * kBlock + v % kBlockVectors * Isa::kLanes,
-                   sum);
+                   reduce_lanes(sums, [](Vec a, Vec b) { return a + b; }));
       }
   }
 
   // s[r][i] = q[r] · k[i], vectors of depth at a time. Asks for the next step's lines meanwhile.
   template <int kRows>
-  void score_rows(const Word* q, const Block& block, LinesAhead& lines_ahead, float* s) const {
+  [[gnu::noinline]] void score_rows(const Word* q, const Block& block, LinesAhead& lines_ahead, float* s) const {
     LinesAhead ahead = lines_ahead;
     int i = block.live.begin;
     for (; i + at_once(kRows) <= block.live.end; i += at_once(kRows))
@@ -898,17 +940,18 @@ class DecodeKernel {
 
   // kRows of them, from column `first` on. Asks for the next step's lines meanwhile.
   template <int kRows, int kVectors, bool kLanesP>
-  void value_rows(const Word* p, const Block& block, LinesAhead& lines_ahead, const float* rescaled,
+  [[gnu::noinline]] void value_rows(const Word* p, const Block& block, LinesAhead& lines_ahead, const float* rescaled,
                   float* o, int first) const {
     // P of row r and a word of keys, by rows or by blocks.
-    const auto weight_of = [&](int r, int i) __attribute__((always_inline)) {
-      if constexpr (kLanesP) return p[r / kBlock * (kKeys * kBlock) + r % kBlock + i * kBlock];
-      return p[r * kLdp + i];
+    const auto weight_of = [&](int r, int i, int turn) __attribute__((always_inline)) {
+      if constexpr (kLanesP)
+        return p[r / kBlock * (kKeys * kBlock) + at_of(turn, r % kBlock) + i * kBlock];
+      return p[r * kLdp + i + turn];
     };
     LinesAhead ahead = lines_ahead;
     const int columns = static_cast<int>(p_.v.head_dim());
     constexpr int kStep = kVectors * Isa::kLanes;
-    constexpr int kTurn = turn_of(kRows);
+    constexpr int kTurn = kLanesP ? std::max(turn_of(kRows), kSpread) : turn_of(kRows);
     const auto panel = [&](int col, auto whole) __attribute__((always_inline)) {
       Vec acc[kRows][kVectors];
 #pragma GCC unroll 8
@@ -917,15 +960,16 @@ class DecodeKernel {
         for (int j = 0; j < kVectors; ++j)
           acc[r][j] = Isa::load(o + std::int64_t{r} * o_columns_ + col + j * Isa::kLanes) *
                       Isa::broadcast(rescaled[r]);
-      for (int i = block.live.begin; i < block.live.end;) {
+      constexpr int kTurnKeys = kTurn * Operand::kDepth;
+      for (int i = block.live.begin; i < block.live.end; i += kTurnKeys) {
         ahead.ask(kTurn);
 #pragma GCC unroll 4
-        for (int turn = 0; turn < kTurn; ++turn, i += Operand::kDepth) {
+        for (int turn = 0; turn < kTurn; ++turn) {
           typename Operand::Wide v[kVectors];
-          load_values(block.v + i, col, columns, whole, v);
+          load_values(block.v + i + turn * Operand::kDepth, col, columns, whole, v);
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
-            const Word weight = weight_of(r, i / Operand::kDepth);
+            const Word weight = weight_of(r, i / Operand::kDepth, turn);
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) acc[r][j] = multiply<kRows>(acc[r][j], weight, v[j]);
           }
@@ -1046,9 +1090,35 @@ class DecodeKernel {
   std::size_t bytes_ = 0;
 };
 
+// Where an instruction repeats four words in a vector as it loads them, a word serves four
+// multiply-adds. With many rows adding up their lanes costs more than that gains.
+template <class C>
+class Decode {
+  static constexpr bool kSpreads = !C::kPairs && requires(const void* p) {
+    C::Isa::load_repeated(p);
+  };
+  static constexpr int kMostSpreadRows = 48;
+  HEED_BASELINE static bool spreads(const ForwardProblem& p) {
+    return kSpreads && group_of(p) * max_seqlen_q(p) <= kMostSpreadRows;
+  }
+
+ public:
+  using Few = DecodeKernel<C, kSpreads ? 4 : 1>;
+  using Many = DecodeKernel<C, 1>;
+
+  HEED_BASELINE static std::size_t bytes(const Plan& plan, const ForwardProblem& p) {
+    return spreads(p) ? Few::bytes(plan, p) : Many::bytes(plan, p);
+  }
+  static Status launch(const Plan& plan, const ForwardProblem& p, Workspace workspace,
+                       Queue queue) {
+    (spreads(p) ? Few::launch : Many::launch)(plan, p, workspace, queue);
+    return {};
+  }
+};
+
 template <class C>
 constexpr KernelRow decode_row() {
-  using Kernel = DecodeKernel<C>;
+  using Kernel = typename Decode<C>::Few;
   return {.arch = C::Isa::kArch,
           .pass = Pass::decode,
           .dtype = C::kDType,
@@ -1057,8 +1127,8 @@ constexpr KernelRow decode_row() {
           .tile_n = Kernel::kKeys,
           .max_head_dim = 512,
           .max_query_rows = Kernel::kMaxRows,
-          .forward_bytes = Kernel::bytes,
-          .forward = Kernel::launch,
+          .forward_bytes = Decode<C>::bytes,
+          .forward = Decode<C>::launch,
           .backward_bytes = nullptr,
           .backward = nullptr,
           .few_query_rows = Kernel::kFewRows,

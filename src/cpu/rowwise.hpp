@@ -124,9 +124,9 @@ template <int kBlock, class Vec, int... kLane>
   return __builtin_shufflevector(x, x, (kLane ^ kBlock)...);
 }
 
-// Lane r of the result, and every kRows lanes further on, is what `op` makes of all lanes of rows[r].
+// Lane r of every kRows lanes of the result is what `op` makes of the same kRows lanes of rows[r].
 template <int kBlock = 1, class Vec, int kRows, class Op>
-[[gnu::always_inline]] inline Vec reduce_rows(Vec (&rows)[kRows], const Op& op) {
+[[gnu::always_inline]] inline Vec reduce_lanes(Vec (&rows)[kRows], const Op& op) {
   constexpr int kLanes = sizeof(Vec) / sizeof(float);
   constexpr auto kLane = std::make_integer_sequence<int, kLanes>();
   if constexpr (kBlock < kRows) {
@@ -135,13 +135,42 @@ template <int kBlock = 1, class Vec, int kRows, class Op>
       exchange_blocks<kBlock>(rows[i], rows[i + kBlock], kLane);
       rows[i] = op(rows[i], rows[i + kBlock]);
     }
-    return reduce_rows<2 * kBlock>(rows, op);
-  } else if constexpr (kBlock < kLanes) {
-    rows[0] = op(rows[0], swap_blocks<kBlock>(rows[0], kLane));
-    return reduce_rows<2 * kBlock>(rows, op);
+    return reduce_lanes<2 * kBlock>(rows, op);
   } else {
     return rows[0];
   }
+}
+
+// Every lane of the result is what `op` makes of kBlock, 2 kBlock, ... lanes up to kEnd.
+template <int kBlock, int kEnd, class Vec, class Op>
+[[gnu::always_inline]] inline Vec reduce_across(Vec x, const Op& op) {
+  if constexpr (kBlock < kEnd) {
+    constexpr auto kLane = std::make_integer_sequence<int, sizeof(Vec) / sizeof(float)>();
+    return reduce_across<2 * kBlock, kEnd>(op(x, swap_blocks<kBlock>(x, kLane)), op);
+  } else {
+    return x;
+  }
+}
+
+// Lane r of the result, and every kRows lanes further on, is what `op` makes of all lanes of
+// rows[r].
+template <class Vec, int kRows, class Op>
+[[gnu::always_inline]] inline Vec reduce_rows(Vec (&rows)[kRows], const Op& op) {
+  return reduce_across<kRows, sizeof(Vec) / sizeof(float)>(reduce_lanes(rows, op), op);
+}
+
+// Lane r is lane r * kSpread of x; those without one are of `rest`.
+template <int kSpread, class Vec, int... kLane>
+[[gnu::always_inline]] inline Vec gather_lanes(Vec x, Vec rest,
+                                               std::integer_sequence<int, kLane...>) {
+  constexpr int kLanes = sizeof...(kLane);
+  return __builtin_shufflevector(x, rest, (kLane * kSpread < kLanes ? kLane * kSpread : kLanes)...);
+}
+
+// Lane l is lane l / kSpread of x.
+template <int kSpread, class Vec, int... kLane>
+[[gnu::always_inline]] inline Vec spread_lanes(Vec x, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(x, x, (kLane / kSpread)...);
 }
 
 // Statistics of the rows of a tile, by field, and the factor for what a row accumulated before its
@@ -282,40 +311,57 @@ void softmax_rows(float* s, int lds, int first, int rows, Span columns, float fa
   }
 }
 
-// The same for kLanes rows from `first` on that are a lane each of the kBlock of a key,
-// s[key][lane], where nothing has to be reduced. P becomes words, [word of keys][lane], where the
-// scores were, or `plain` floats.
-template <class Operand, int kBlock, int kRows>
+// The same for the rows of a vector of a block, kLanes / kSpread from `first` on: s[key /
+// kSpread][row] [key % kSpread], `keys` in whole vectors, of kBlock rows each. P becomes words
+// where the scores were, [word of keys][row], or `plain` floats.
+template <class Operand, int kBlock, int kSpread, int kRows>
 void softmax_lanes(float* s, Span keys, int first, float factor,
                    RowStatistics<typename Operand::Isa, kRows>& all, bool plain) {
   using Isa = typename Operand::Isa;
   using Vec = typename Isa::Vec;
-  constexpr int kChains = 4;  // `keys` are multiples of it
+  constexpr auto kLane = std::make_integer_sequence<int, Isa::kLanes>();
+  constexpr int kStep = kBlock * kSpread;
+  constexpr int kChains = 4;
+  const auto of_rows = [&](Vec x, float rest, const auto& op) __attribute__((always_inline)) {
+    return kSpread == 1 ? x
+                        : gather_lanes<kSpread>(reduce_across<1, kSpread>(x, op),
+                                                Isa::broadcast(rest), kLane);
+  };
+  const auto larger = [](Vec a, Vec b) { return Isa::max(a, b); };
+  const auto sum = [](Vec a, Vec b) { return a + b; };
+  float* const begin = s + keys.begin * kBlock;
+  float* const end = s + keys.end * kBlock;
   Vec most[kChains];
   for (Vec& m : most) m = Isa::broadcast(-kInfinity);
-  for (int i = keys.begin; i < keys.end; i += kChains)
+  float* at = begin;
+  for (; at + (kChains - 1) * kStep < end; at += kChains * kStep)
 #pragma GCC unroll 4
-    for (int j = 0; j < kChains; ++j) most[j] = Isa::max(Isa::load(s + (i + j) * kBlock), most[j]);
-  take_most<Isa>(Isa::max(Isa::max(most[0], most[1]), Isa::max(most[2], most[3])), first, factor,
-                 all);
-  const Vec f = Isa::broadcast(factor), shift = Isa::load(all.shift + first);
+    for (int j = 0; j < kChains; ++j) most[j] = larger(Isa::load(at + j * kStep), most[j]);
+  for (; at < end; at += kStep) most[0] = larger(Isa::load(at), most[0]);
+  take_most<Isa>(
+      of_rows(larger(larger(most[0], most[1]), larger(most[2], most[3])), -kInfinity, larger),
+      first, factor, all);
+  const Vec f = Isa::broadcast(factor);
+  const Vec shift = spread_lanes<kSpread>(Isa::load(all.shift + first), kLane);
   Vec sums[2] = {Isa::broadcast(0.f), Isa::broadcast(0.f)};
-  for (int i = keys.begin; i < keys.end; i += 2) {
-    float* const at = s + i * kBlock;
-    const Vec even = exp2<Isa>(Isa::fma(Isa::load(at), f, shift));
-    const Vec odd = exp2<Isa>(Isa::fma(Isa::load(at + kBlock), f, shift));
-    sums[0] = sums[0] + even;
-    sums[1] = sums[1] + odd;
+  const auto exponential = [&](float* x, Vec& total) __attribute__((always_inline)) {
+    const Vec e = exp2<Isa>(Isa::fma(Isa::load(x), f, shift));
+    total = total + e;
+    return e;
+  };
+  for (at = begin; at + kStep < end; at += 2 * kStep) {
+    const Vec even = exponential(at, sums[0]), odd = exponential(at + kStep, sums[1]);
     if constexpr (Operand::kDepth == 2) {
       if (!plain) {
-        Isa::store_zipped(reinterpret_cast<std::uint32_t*>(s) + i / 2 * kBlock, even, odd);
+        Isa::store_zipped(reinterpret_cast<std::uint32_t*>(s) + (at - s) / 2, even, odd);
         continue;
       }
     }
     Isa::store(at, even);
-    Isa::store(at + kBlock, odd);
+    Isa::store(at + kStep, odd);
   }
-  take_sum<Isa>(sums[0] + sums[1], first, all);
+  if (at < end) Isa::store(at, exponential(at, sums[0]));
+  take_sum<Isa>(of_rows(sums[0] + sums[1], 0.f, sum), first, all);
 }
 
 // C *= factor[row], where there is a factor other than 1.

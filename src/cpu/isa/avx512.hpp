@@ -53,6 +53,10 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  // The four words at p, four times.
+  static Vec load_repeated(const void* p) {
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)));
+  }
   static Vec broadcast(float x) { return _mm512_set1_ps(x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec accumulate(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
