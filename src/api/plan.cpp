@@ -69,9 +69,9 @@ Status no_kernel(const Request& request) {
                                  name_of(request.pass) + " on " + name_of(request.arch)};
 }
 
-// Few query rows leave few tasks, so the keys are split: a thread has at least two tasks on up to 32
-// threads, parts of long texts do not keep the others waiting at the end, and none is so short that
-// starting and merging it takes long. A result does not depend on how many threads there are.
+// Few query rows leave few tasks, so the keys are split: a thread has at least two tasks on up to
+// 32 threads, parts of long texts do not keep the others waiting at the end, and none is so short
+// that starting and merging it takes long. A result does not depend on how many threads there are.
 int cpu_splits(const ForwardProblem& p, int wanted) {
   constexpr std::int64_t kTasks = 64, kLongTasks = 32;
   constexpr std::int64_t kLeastKeys = 512, kLongKeys = 2048;

@@ -210,8 +210,8 @@ class DecodeKernel {
     part.first = part.seen.begin / part.step_keys * part.step_keys;
   }
 
-  // The parts that one worker takes. Each asks for the memory of the next one's first step during its
-  // last, or the worker would wait for it.
+  // The parts that one worker takes. Each asks for the memory of the next one's first step during
+  // its last, or the worker would wait for it.
   void compute_parts(StageTasks& tasks, std::int64_t gaps, int worker) const {
     for (; tasks.task() < gaps;) {
       clear_gap<Element>(p_, tasks.task());
@@ -805,8 +805,8 @@ class DecodeKernel {
 
   // out[block][i][r] = q[r] · k[i]: a lane is a row, so that nothing has to be reduced.
   template <int kBlocks>
-  [[gnu::noinline]] void score_lanes(const Word* q, const void* const* keys, Span live, LinesAhead& lines_ahead,
-                   float* out) const {
+  [[gnu::noinline]] void score_lanes(const Word* q, const void* const* keys, Span live,
+                                     LinesAhead& lines_ahead, float* out) const {
     LinesAhead ahead = lines_ahead;
     // Four vectors of queries do not stay in L1 beside the keys: the more keys share them the
     // better.
@@ -882,7 +882,8 @@ class DecodeKernel {
 
   // s[r][i] = q[r] · k[i], vectors of depth at a time. Asks for the next step's lines meanwhile.
   template <int kRows>
-  [[gnu::noinline]] void score_rows(const Word* q, const Block& block, LinesAhead& lines_ahead, float* s) const {
+  [[gnu::noinline]] void score_rows(const Word* q, const Block& block, LinesAhead& lines_ahead,
+                                    float* s) const {
     LinesAhead ahead = lines_ahead;
     int i = block.live.begin;
     for (; i + at_once(kRows) <= block.live.end; i += at_once(kRows))
@@ -940,8 +941,8 @@ class DecodeKernel {
 
   // kRows of them, from column `first` on. Asks for the next step's lines meanwhile.
   template <int kRows, int kVectors, bool kLanesP>
-  [[gnu::noinline]] void value_rows(const Word* p, const Block& block, LinesAhead& lines_ahead, const float* rescaled,
-                  float* o, int first) const {
+  [[gnu::noinline]] void value_rows(const Word* p, const Block& block, LinesAhead& lines_ahead,
+                                    const float* rescaled, float* o, int first) const {
     // P of row r and a word of keys, by rows or by blocks.
     const auto weight_of = [&](int r, int i, int turn) __attribute__((always_inline)) {
       if constexpr (kLanesP)

@@ -53,8 +53,8 @@ class Claim {
   std::int64_t next_ = -1;
 };
 
-// The same for a body that computes all of its worker's tasks of a stage in one call, so that it can
-// prepare for the next one meanwhile. There is at least one.
+// The same for a body that computes all of its worker's tasks of a stage in one call, so that it
+// can prepare for the next one meanwhile. There is at least one.
 class StageTasks {
  public:
   StageTasks(Claim& claim, std::int64_t first, std::int64_t end)
