@@ -64,19 +64,22 @@ def cpu_table(data: dict, part: str) -> str:
     if part == "ratios":
         return beside(machines, ["", "goal"], cpu_ratios)
     each = {"decode": cpu_decode, "short": cpu_short}[part]
-    return "\n\n".join(f"{short_name(result)}:\n\n{each(result)}" for result in machines)
+    return "\n\n".join(f"{short_name(result, machines)}:\n\n{each(result)}" for result in machines)
 
 
 def cpu_of(result: dict) -> str:
     return f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
 
 
-def short_name(result: dict) -> str:
-    """Brand, family, model and threads, where a name has them: EPYC 25-17, 2T."""
-    cpu = result["machine"]["cpu"]
-    found = re.search(r"(EPYC|Xeon).*family (\d+) model (\d+)", cpu)
-    name = f"{found[1]} {found[2]}-{found[3]}" if found else cpu
-    return f"{name}, {result['machine']['threads']}T"
+def short_name(result: dict, machines: list[dict]) -> str:
+    """Brand, family, model and threads, where a name has them: EPYC 25-17, 2T. With the kernels
+    where the machines would be called the same otherwise."""
+    m = result["machine"]
+    found = re.search(r"(EPYC|Xeon).*family (\d+) model (\d+)", m["cpu"])
+    name = f"{found[1]} {found[2]}-{found[3]}" if found else m["cpu"]
+    if sum(cpu_of(other) == cpu_of(result) for other in machines) > 1:
+        name += f" {m['kernels']}"
+    return f"{name}, {m['threads']}T"
 
 
 def cpu_machines(machines: list[dict]) -> str:
@@ -85,7 +88,8 @@ def cpu_machines(machines: list[dict]) -> str:
     rows = []
     for result in machines:
         m = result["machine"]
-        row = [short_name(result), m["cpu"], m["threads"], f"`{m['kernels']}`", m["torch"]]
+        name = short_name(result, machines)
+        row = [name, m["cpu"], m["threads"], f"`{m['kernels']}`", m["torch"]]
         others: dict[str, list[str]] = {}  # works that were measured at another commit
         for cell in result["cells"]:
             if cell.get("commit", m["commit"]) != m["commit"]:
@@ -105,7 +109,9 @@ def commands(machines: list[dict]) -> str:
     """Each once; where there are several, with the CPUs that ran it."""
     ran: dict[str, list[str]] = {}
     for result in machines:
-        ran.setdefault(result["machine"]["command"], []).append(short_name(result))
+        ran.setdefault(result["machine"]["command"], []).append(
+            short_name(result, machines)
+        )
     if len(ran) == 1:
         return f"`{next(iter(ran))}`"
     return "\n\n".join(f"{'; '.join(cpus)}: `{command}`" for command, cpus in ran.items())
@@ -118,7 +124,7 @@ def beside(
     columns = [rows_of(result) for result in machines]
     keys = dict.fromkeys(key for column in columns for key in column)
     return table(
-        [*head, *map(short_name, machines)],
+        [*head, *(short_name(result, machines) for result in machines)],
         ([*key, *(column.get(key, "-") for column in columns)] for key in keys),
     )
 

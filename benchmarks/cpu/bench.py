@@ -100,13 +100,13 @@ def host(tool: Tool) -> dict[str, float]:
 
 
 def save(path: Path, result: dict) -> None:
-    """Replaces what the file has of the same works on as many threads of the same CPU. What stays
-    and was measured at another commit says at which."""
+    """Replaces what the file has of the same works on as many threads of the same CPU, of which a
+    virtual machine may show a part. What stays and was measured at another commit says at which."""
     data = json.loads(path.read_text()) if path.exists() else {"machines": []}
     same = [
         m
         for m in data["machines"]
-        if all(m["machine"][key] == result["machine"][key] for key in ("cpu", "threads"))
+        if all(m["machine"][key] == result["machine"][key] for key in ("cpu", "threads", "kernels"))
     ]
     if same:
         old = same[0]["machine"]

@@ -50,7 +50,7 @@ def draw(axes: plt.Axes, result: dict) -> None:
         axes.plot([], [], marker, color="black", markerfacecolor="none", label=f"{work}: SDPA")
     axes.set(xscale="log", yscale="log", xlabel="flop per byte of tensors", ylabel="GFLOP/s")
     m = result["machine"]
-    axes.set_title(f"{m['cpu']}, {m['threads']} threads", fontsize=9)
+    axes.set_title(f"{m['cpu']}, {m['threads']} threads, {m['kernels']}", fontsize=9)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=7)
 
