@@ -213,7 +213,7 @@ class DecodeKernel {
   // The parts that one worker takes. Each asks for the memory of the next one's first step during
   // its last, or the worker would wait for it.
   void compute_parts(StageTasks& tasks, std::int64_t gaps, int worker) const {
-    for (; tasks.task() < gaps;) {
+    while (tasks.task() < gaps) {
       clear_gap<Element>(p_, tasks.task());
       if (!tasks.finish()) return;
     }
@@ -662,13 +662,14 @@ class DecodeKernel {
     body(std::integral_constant<int, kMost>());
   }
 
-  // How many blocks of kBlock rows have their scores computed a lane each: groups of 16 rows, and
-  // what is left at the end where it is as many as pay.
+  // How many blocks have their scores computed without reductions: whole groups of rows, and what
+  // is left at the end where it is as many as pay.
   HEED_BASELINE static int blocks_of(int rows) {
     constexpr int kGroup = kSpread > 1 ? kBlock : 16;
     constexpr int kFewest = kSpread > 1 ? 2 : !kSameWords ? 13 : kBlockVectors == 1 ? 10 : 11;
+    constexpr int kFewestOfAll = kSpread == 1 ? kFewest : kSameWords ? 5 : 7;
     if (kTiles) return ceil_div(rows, kGroup);
-    if (kSpread > 1 && rows <= (kSameWords ? 4 : 6)) return 0;
+    if (rows < kFewestOfAll) return 0;
     const int groups = (rows + kGroup - kFewest) / kGroup;
     return ceil_div(std::min(rows, groups * kGroup), kBlock);
   }
@@ -803,13 +804,14 @@ class DecodeKernel {
       }
   }
 
-  // out[block][i][r] = q[r] · k[i]: a lane is a row, so that nothing has to be reduced.
+  // q[r] · k[i] of all keys of `live` and rows of kBlocks blocks, where at_of says. A function of
+  // its own, as all that ask for memory are: inlined beside other loops, gcc keeps sums in memory.
   template <int kBlocks>
   [[gnu::noinline]] void score_lanes(const Word* q, const void* const* keys, Span live,
                                      LinesAhead& lines_ahead, float* out) const {
     LinesAhead ahead = lines_ahead;
-    // Four vectors of queries do not stay in L1 beside the keys: the more keys share them the
-    // better.
+    // Four vectors of 16 rows' queries do not stay in L1 beside the keys: the more keys share them
+    // the better.
     constexpr int kMany =
         kSpread == 1 && (kBlocks == 4 || kBlockVectors == 2) ? kManyKeys : kKeyGroup;
     int i = live.begin;
@@ -1091,8 +1093,9 @@ class DecodeKernel {
   std::size_t bytes_ = 0;
 };
 
-// Where an instruction repeats four words in a vector as it loads them, a word serves four
-// multiply-adds. With many rows adding up their lanes costs more than that gains.
+// A row is four lanes where an instruction repeats four words in a vector as it loads them: up to
+// four vectors of four rows share a load, where a vector of 16 rows needs one for each
+// multiply-add. Four such vectors share their loads as well, and have no lanes to be added up.
 template <class C>
 class Decode {
   static constexpr bool kSpreads = !C::kPairs && requires(const void* p) {

@@ -83,7 +83,7 @@ void run_stages(Executor& executor, int workers, const Stage<Bodies>&... stages)
   workers = static_cast<int>(std::min(std::int64_t{workers}, std::max({stages.tasks...})));
   if (tasks <= 0) return;
   Progress progress;
-  const auto work = [&](int worker) {
+  auto work = [&](int worker) {
     Claim claim(progress);
     std::int64_t first = 0;
     const auto run = [&]<class Body>(const Stage<Body>& stage) {
@@ -105,7 +105,7 @@ void run_stages(Executor& executor, int workers, const Stage<Bodies>&... stages)
         const StandardArithmetic arithmetic;
         (*static_cast<decltype(work)*>(context))(worker);
       },
-      const_cast<void*>(static_cast<const void*>(&work)));
+      &work);
 }
 
 template <class Body>
