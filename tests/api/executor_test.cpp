@@ -86,6 +86,35 @@ TEST(Executors, ResultsDoNotDependOnTheWorkers) {
   }
 }
 
+// Few queries: the keys are split into parts, which a worker prepares before it takes them.
+TEST(Executors, ADecodeDoesNotDependOnTheWorkers) {
+  const Sizes sizes{.batch = 2,
+                    .seqlen_q = 2,
+                    .seqlen_k = 2600,
+                    .heads_q = 8,
+                    .heads_k = 2,
+                    .head_dim = 24,
+                    .head_dim_v = 24};
+  for (Device device : cpu_devices()) {
+    SCOPED_TRACE(name_of(device.arch));
+    std::vector<float> expected;
+    for (const int workers : {1, 2, 3, 7}) {
+      SmallProblem small(sizes);
+      small.forward.band = kCausal;
+      device.units = workers;
+      CountingExecutor executor(workers, false);
+      EXPECT_EQ(plan_and_run(small.forward, device, {}, executor).message(), "");
+      if (device.arch != Arch::reference) {
+        const auto made = plan(small.forward, device);
+        ASSERT_TRUE(made.ok());
+        EXPECT_EQ(made->splits, 5);  // else the test proves little
+      }
+      if (expected.empty()) expected = everything(small);
+      EXPECT_EQ(everything(small), expected) << workers << " workers";
+    }
+  }
+}
+
 // A plan for more workers than the executor runs at once still gives every worker its turn.
 TEST(Executors, MayBeSmallerThanThePlan) {
   const Device device{.arch = Device::cpu()->arch, .units = 4};
@@ -141,6 +170,41 @@ TEST(Stages, StartWhenTheOnesBeforeHaveEnded) {
       for (const auto& runs : first) EXPECT_EQ(runs, 1);
       EXPECT_EQ(second, 0x010101);
       EXPECT_EQ(executor.calls, workers > 1 ? 1 : 0);
+    }
+}
+
+// A body that computes its worker's tasks itself: what it was told comes next is what it gets.
+TEST(Stages, ABodyMayTakeItsTasksItself) {
+  for (const int workers : {1, 2, 5})
+    for (const bool in_turn : {false, true}) {
+      SCOPED_TRACE(std::to_string(workers) + " workers" + (in_turn ? " in turn" : ""));
+      CountingExecutor executor(workers, in_turn);
+      std::array<std::atomic<int>, 9> runs{};
+      std::atomic<int> before = 0, ended = 0, after = 0;
+      cpu::run_stages(
+          executor, workers, cpu::Stage{4, [&](std::int64_t, int) { ++before; }},
+          cpu::Stage{9,
+                     [&](cpu::StageTasks& tasks, int worker) {
+                       EXPECT_LT(worker, workers);
+                       std::int64_t expected = tasks.task();
+                       bool more = true;
+                       while (more) {
+                         EXPECT_EQ(before, 4);
+                         EXPECT_EQ(tasks.task(), expected);
+                         ++runs[static_cast<std::size_t>(tasks.task())];
+                         ++ended;
+                         const bool has_next = tasks.has_next();
+                         if (has_next) expected = tasks.next();
+                         more = tasks.finish();
+                         EXPECT_EQ(more, has_next);
+                       }
+                     }},
+          cpu::Stage{3, [&](std::int64_t, int) {
+                       EXPECT_EQ(ended, 9);
+                       ++after;
+                     }});
+      for (const auto& of_task : runs) EXPECT_EQ(of_task, 1);
+      EXPECT_EQ(after, 3);
     }
 }
 
