@@ -181,28 +181,27 @@ TEST(Stages, ABodyMayTakeItsTasksItself) {
       CountingExecutor executor(workers, in_turn);
       std::array<std::atomic<int>, 9> runs{};
       std::atomic<int> before = 0, ended = 0, after = 0;
-      cpu::run_stages(
-          executor, workers, cpu::Stage{4, [&](std::int64_t, int) { ++before; }},
-          cpu::Stage{9,
-                     [&](cpu::StageTasks& tasks, int worker) {
-                       EXPECT_LT(worker, workers);
-                       std::int64_t expected = tasks.task();
-                       bool more = true;
-                       while (more) {
-                         EXPECT_EQ(before, 4);
-                         EXPECT_EQ(tasks.task(), expected);
-                         ++runs[static_cast<std::size_t>(tasks.task())];
-                         ++ended;
-                         const bool has_next = tasks.has_next();
-                         if (has_next) expected = tasks.next();
-                         more = tasks.finish();
-                         EXPECT_EQ(more, has_next);
-                       }
-                     }},
-          cpu::Stage{3, [&](std::int64_t, int) {
-                       EXPECT_EQ(ended, 9);
-                       ++after;
-                     }});
+      cpu::run_stages(executor, workers, cpu::Stage{4, [&](std::int64_t, int) { ++before; }},
+                      cpu::Stage{9,
+                                 [&](cpu::StageTasks& tasks, int worker) {
+                                   EXPECT_LT(worker, workers);
+                                   std::int64_t expected = tasks.task();
+                                   bool more = true;
+                                   while (more) {
+                                     EXPECT_EQ(before, 4);
+                                     EXPECT_EQ(tasks.task(), expected);
+                                     ++runs[static_cast<std::size_t>(tasks.task())];
+                                     ++ended;
+                                     const bool has_next = tasks.has_next();
+                                     if (has_next) expected = tasks.next();
+                                     more = tasks.finish();
+                                     EXPECT_EQ(more, has_next);
+                                   }
+                                 }},
+                      cpu::Stage{3, [&](std::int64_t, int) {
+                                   EXPECT_EQ(ended, 9);
+                                   ++after;
+                                 }});
       for (const auto& of_task : runs) EXPECT_EQ(of_task, 1);
       EXPECT_EQ(after, 3);
     }
