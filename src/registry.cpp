@@ -111,7 +111,9 @@ Mismatch mismatch(const KernelRow& row, const Request& request) {
     return Mismatch::forced;
   if (request.force != nullptr) return Mismatch::none;
   if (request.query_rows < row.least_query_rows) return Mismatch::few_rows;
-  if (request.query_rows * request.seqlen_k < row.least_scores) return Mismatch::few_scores;
+  const std::int64_t enough = row.least_scores;  // of either, if there is one of the other
+  if (std::min(request.query_rows, enough) * std::min(request.seqlen_k, enough) < enough)
+    return Mismatch::few_scores;
   if (row.arch == Arch::avx512_bf16 && request.arch == Arch::amx_bf16) return Mismatch::slow_dots;
   return Mismatch::none;
 }
