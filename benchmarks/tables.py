@@ -109,9 +109,7 @@ def commands(machines: list[dict]) -> str:
     """Each once; where there are several, with the CPUs that ran it."""
     ran: dict[str, list[str]] = {}
     for result in machines:
-        ran.setdefault(result["machine"]["command"], []).append(
-            short_name(result, machines)
-        )
+        ran.setdefault(result["machine"]["command"], []).append(short_name(result, machines))
     if len(ran) == 1:
         return f"`{next(iter(ran))}`"
     return "\n\n".join(f"{'; '.join(cpus)}: `{command}`" for command, cpus in ran.items())

@@ -311,9 +311,9 @@ void softmax_rows(float* s, int lds, int first, int rows, Span columns, float fa
   }
 }
 
-// The same for the rows of a vector of a block, kLanes / kSpread from `first` on: s[key /
-// kSpread][row] [key % kSpread], `keys` in whole vectors, of kBlock rows each. P becomes words
-// where the scores were, [word of keys][row], or `plain` floats.
+// The same for the kLanes / kSpread rows from `first` on of a vector, in a block of kBlock rows:
+// s[key / kSpread][row][key % kSpread]. `keys` are whole vectors. P becomes words where the scores
+// were, [word of keys][row], or `plain` floats.
 template <class Operand, int kBlock, int kSpread, int kRows>
 void softmax_lanes(float* s, Span keys, int first, float factor,
                    RowStatistics<typename Operand::Isa, kRows>& all, bool plain) {

@@ -71,12 +71,13 @@ def outputs_and_gradients(model, inputs: dict, names=("logits",), **arguments):
 
 
 def assert_as_exact_as_eager(actual: dict, eager: dict, exact: dict, relu: bool) -> None:
-    """Error at most 2e-5 of the tensor's maximum plus the error of eager in the same dtype. (The
-    largest met so far is 1.4e-5, of sam3's box_rpb_embed_y; with other seeds it is 1e-6 to 5e-6.)
+    """Error at most 1e-5 of the tensor's maximum plus the error of eager in the same dtype. Twice
+    that for sam3's embeddings of boxes, which amplify rounding: 1.4e-5 with AVX-512, by chance,
+    since with other seeds it is 1e-6 to 5e-6.
 
     In 16 bits, of which both errors are random: 8 roundings of the maximum plus twice eager's.
     """
-    floor, factor = (2e-5, 1) if EXACT else (0.5 if relu else 8 * torch.finfo(DTYPE).eps, 2)
+    floor, factor = (1e-5, 1) if EXACT else (0.5 if relu else 8 * torch.finfo(DTYPE).eps, 2)
     # These add one number to all scores of a row: their gradient is 0 but for rounding errors.
     no_effect = ("k_proj.bias", "key.bias", "rpb_embed_x.layer2.bias", "rpb_embed_y.layer2.bias")
     largest = max(x.abs().max() for x in exact.values())
@@ -84,7 +85,8 @@ def assert_as_exact_as_eager(actual: dict, eager: dict, exact: dict, relu: bool)
         scale = largest if name.endswith(no_effect) else exact[name].abs().max()
         eager_error = (eager[name].double() - exact[name]).abs().max().item()
         error = (actual[name].double() - exact[name]).abs().max().item()
-        assert error <= floor * scale + factor * eager_error, (
+        allowed = 2 * floor if EXACT and "box_rpb_embed" in name else floor
+        assert error <= allowed * scale + factor * eager_error, (
             f"{name}: {error:.2e} of {scale:.2e}, where eager's is {eager_error:.2e}"
         )
 
